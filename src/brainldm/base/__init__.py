@@ -1,0 +1,1 @@
+"""Files written whole or not at all, named random streams, volumes with an affine. No torch here."""

@@ -1,0 +1,168 @@
+"""Files written whole or not at all.
+
+Write beside, fsync, rename: a reader sees the old file or the new one, never half of either. Part files carry the
+suffix below, are never read, and are swept away by the next run that holds the folder's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from brainldm.base.errors import BadInput, EnvironmentProblem, UsageError
+
+PART_PREFIX = ".part-"
+LOCK_NAME = ".brainldm.lock"
+
+
+def _environment_problem(error: OSError, path: Path) -> EnvironmentProblem:
+    if error.errno == errno.ENOSPC:
+        return EnvironmentProblem(
+            "the disk is full; nothing half-written was kept.",
+            remedy="Free some space and run the same command again: it goes on where it stopped.",
+            path=path,
+            reason="disk_full",
+        )
+    return EnvironmentProblem(
+        f"cannot write: {error.strerror}.",
+        remedy="Choose a folder you may write to.",
+        path=path,
+        reason="unwritable",
+    )
+
+
+def make_folder(path: Path) -> Path:
+    """The folder `path`, made with its parents where it is not there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(
+            "a folder is needed here, and there is a file.", remedy="Choose another output.", path=path
+        ) from error
+    except OSError as error:
+        raise _environment_problem(error, path) from error
+    return path
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path in the same folder; on success it is fsynced and becomes `path`, on failure it is removed.
+
+    The temporary name keeps the suffixes of `path`, because writers choose their format by them.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    part = path.with_name(f"{PART_PREFIX}{os.getpid()}-{path.name}")
+    try:
+        yield part
+        with part.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        part.replace(path)
+        _fsync_folder(path.parent)
+    except OSError as error:
+        raise _environment_problem(error, path) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: str | Path, payload: bytes) -> None:
+    """Writes `payload` as the whole of `path`, atomically."""
+    with atomic_path(path) as part:
+        part.write_bytes(payload)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes `text` as the whole of `path` in UTF-8, atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes `content` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """What the JSON file holds; BadInput when it is missing or broken."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise BadInput("there is no such file.", path=path, reason="missing") from error
+    except OSError as error:
+        raise BadInput(f"cannot be read: {error.strerror}.", path=path, reason="unreadable") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise BadInput(
+            f"is not valid JSON ({error}).",
+            remedy="Restore the file from where it came.",
+            path=path,
+            reason="bad_json",
+        ) from error
+
+
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with Path(path).open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def remove_stale_parts(folder: str | Path) -> int:
+    """Removes part files left by killed runs anywhere below `folder`; returns how many. Hold the lock."""
+    stale = list(Path(folder).rglob(f"{PART_PREFIX}*"))
+    for part in stale:
+        part.unlink(missing_ok=True)
+    return len(stale)
+
+
+@contextlib.contextmanager
+def locked_folder(folder: str | Path) -> Iterator[Path]:
+    """Holds `folder` for this process alone; a second run is refused with the host and process that hold it.
+
+    The lock is the operating system's (flock), so a killed run leaves none behind. Part files of killed runs are
+    removed on entry.
+    """
+    folder = make_folder(Path(folder))
+    lock_path = folder / LOCK_NAME
+    try:
+        handle = lock_path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise _environment_problem(error, folder) from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder removes the file when it ends: what was opened here may by now be nobody's lock.
+            if os.fstat(handle.fileno()).st_ino != lock_path.stat().st_ino:
+                raise BlockingIOError(errno.EWOULDBLOCK, "the lock changed hands")
+        except OSError as error:
+            handle.seek(0)
+            raise UsageError(
+                f"another run is writing to this folder ({handle.read().strip() or 'it did not say which'}).",
+                remedy="Wait for it to end, or choose another folder.",
+                path=folder,
+                reason="in_use",
+            ) from error
+        handle.truncate(0)
+        started = time.strftime("%Y-%m-%dT%H:%M:%S")
+        handle.write(f"host {socket.gethostname()}, process {os.getpid()}, since {started}")
+        handle.flush()
+        remove_stale_parts(folder)
+        try:
+            yield folder
+        finally:
+            lock_path.unlink(missing_ok=True)

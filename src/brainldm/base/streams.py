@@ -1,0 +1,27 @@
+"""Named random streams: every draw belongs to (root seed, purpose, index) and to nothing else.
+
+The same row gets the same noise whatever the batch, the worker, the order or a resume, because nothing reads a global
+generator. NumPy's Philox is used throughout: torch's CPU generator keeps only 32 bits of a seed, so that streams
+of different rows could coincide.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+
+def stream(root_seed: int, purpose: str, index: int = 0) -> np.random.Generator:
+    """A generator of its own for `purpose` and `index` under `root_seed`.
+
+    Equal arguments give equal draws on every machine; any difference gives an independent stream (a 128-bit Philox key
+    from SHA-256 of the three).
+
+    >>> a, b = stream(0, "noise", 3), stream(0, "noise", 3)
+    >>> bool((a.standard_normal(4) == b.standard_normal(4)).all())
+    True
+    """
+    name = f"{int(root_seed)}\x1f{purpose}\x1f{int(index)}".encode()
+    key = int.from_bytes(hashlib.sha256(name).digest()[:16], "little")
+    return np.random.Generator(np.random.Philox(key=key))
