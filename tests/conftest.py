@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from brainldm.nets.autoencoder import AutoencoderConfig
+
+from brainldm.base.files import write_json
+from brainldm.base.manifest import Manifest
+from brainldm.base.nifti import write_nifti
+from brainldm.base.streams import stream
+from brainldm.base.tables import write_table
+from brainldm.base.volume import Grid
+from brainldm.cohort.dataset import FORMAT, KIND, grid_to_json
+from brainldm.train.config import AutoencoderStageConfig, DiffusionStageConfig, Recipe
+from brainldm.train.run import train
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +29,88 @@ def real_data() -> Path:
     if not (folder / "oasis17").is_dir():
         pytest.skip(f"no real scans here: set BRAINLDM_TEST_DATA to a folder that holds oasis17/ (looked in {folder})")
     return folder
+
+
+TINY_SHAPE_XYZ = (16, 24, 16)
+
+
+@pytest.fixture(scope="session")
+def tiny_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared cohort of ten ellipsoids on a tiny grid whose dark centre grows with `ventricles_mm3`."""
+    folder = tmp_path_factory.mktemp("tiny") / "cohort"
+    write_tiny_cohort(folder, people=10)
+    return folder
+
+
+def write_tiny_cohort(folder: Path, people: int) -> None:
+    """Writes such a cohort with the package's own writers, the last two people held out."""
+    grid = Grid("tiny", TINY_SHAPE_XYZ, 8.0, (-64.0, -96.0, -64.0))
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in grid.shape_XYZ), indexing="ij")
+    radius = np.sqrt(x**2 + y**2 + z**2)
+    rows, manifest = [], Manifest(folder / "manifest.jsonl")
+    for index in range(people):
+        draw = stream(0, "tiny cohort", index)
+        hole = 0.2 + 0.3 * draw.random()
+        image = (radius < 0.9) * (0.7 + 0.05 * draw.standard_normal(grid.shape_XYZ)) * (radius > hole)
+        file = f"sub-{index:02d}/anat/sub-{index:02d}_space-MNI152rigid_T1w.nii.gz"
+        image[0, 0, 0], image[8, 20, 8] = 0.0, 1.0
+        written = write_nifti(folder / file, image, grid.affine, dtype="int16_unit")
+        participant = f"sub-{index:02d}"
+        manifest.append(index=index, participant_id=participant, file=file, bytes=written.bytes, sha256=written.sha256)
+        rows.append(
+            {
+                "participant_id": participant,
+                "sex": "FM"[index % 2],
+                "age_years": 45.0 + 3 * index + draw.random(),
+                "ventricles_mm3": 1e5 * hole,
+                "brain_mm3": 1.4e6 + 1e5 * draw.random(),
+                "split": "train" if index < people - 2 else ("validation", "test")[index - people],
+            }
+        )
+    write_table(folder / "participants.tsv", list(rows[0]), rows)
+    write_json(
+        folder / "prepared.json",
+        {
+            "kind": KIND,
+            "format": FORMAT,
+            "finished": True,
+            "name": "tiny",
+            "grid": grid_to_json(grid),
+            "preprocessing": {"skull_stripped": True},
+            "config": {},
+            "licence": "CC0-1.0",
+        },
+    )
+
+
+def tiny_recipe(**changes: object) -> Recipe:
+    """A recipe for the tiny cohort whose every term is on: seconds of training."""
+    autoencoder = AutoencoderStageConfig(
+        net=AutoencoderConfig(channels=(8, 16), res_blocks=1, norm_groups=4, fold=2),
+        steps=6,
+        batch=2,
+        learning_rate=1e-3,
+        adversarial_from_step=2,
+        discriminator_channels=8,
+        discriminator_layers=1,
+    )
+    diffusion = DiffusionStageConfig(
+        channels=(16, 32),
+        attention=(False, True),
+        head_channels=(0, 32),
+        res_blocks=1,
+        norm_groups=4,
+        steps=6,
+        batch=3,
+        learning_rate=1e-3,
+        gradient_clip=1.0,
+    )
+    return replace(Recipe("tiny", autoencoder, diffusion), **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished training run on the tiny cohort; its model folder is `tiny_run / "model"`."""
+    out = tmp_path_factory.mktemp("tiny") / "run"
+    train(tiny_recipe(), tiny_cohort, out)
+    return out

@@ -54,6 +54,15 @@ def make_folder(path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Where the machine refuses a write to `path`, says so as an EnvironmentProblem with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise _environment_problem(error, path) from error
+
+
+@contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path in the same folder; on success it is fsynced and becomes `path`, on failure it is removed.
 
@@ -63,13 +72,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     make_folder(path.parent)
     part = path.with_name(f"{PART_PREFIX}{os.getpid()}-{path.name}")
     try:
-        yield part
-        with part.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        part.replace(path)
-        _fsync_folder(path.parent)
-    except OSError as error:
-        raise _environment_problem(error, path) from error
+        with writing(path):
+            yield part
+            with part.open("rb+") as handle:
+                os.fsync(handle.fileno())
+            part.replace(path)
+            _fsync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from brainldm.base.files import make_folder, sha256_of
+from brainldm.base.files import make_folder, sha256_of, writing
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Manifest:
         """Adds one record and returns when it is on disk."""
         make_folder(self.path.parent)
         line = json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
-        with self.path.open("ab+") as handle:
+        with writing(self.path), self.path.open("ab+") as handle:
             # A torn last line must not swallow the new one.
             if handle.tell() > 0:
                 handle.seek(-1, os.SEEK_END)

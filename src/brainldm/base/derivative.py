@@ -1,0 +1,57 @@
+"""What a BIDS derivative dataset of ours says of itself, in one place for every command that writes one.
+
+Ours is the label `space-MNI152rigid`: images aligned to the MNI152 template by a rigid motion, so that heads keep their
+size. BIDS lists no such space, therefore every sidecar spells out what it refers to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import brainldm
+from brainldm.base.files import write_json
+
+BIDS_VERSION = "1.10.0"
+SPACE = "MNI152rigid"
+SPACE_REFERENCE = (
+    "https://nist.mni.mcgill.ca/icbm-152-nonlinear-atlases-2009/"  # the template that rigid alignment aims at
+)
+
+
+def dataset_description(
+    name: str, description: str, *, licence: str = "", sources: Sequence[str] = ()
+) -> dict[str, Any]:
+    """dataset_description.json of a derivative dataset made by this program."""
+    content: dict[str, Any] = {
+        "Name": name,
+        "BIDSVersion": BIDS_VERSION,
+        "DatasetType": "derivative",
+        "GeneratedBy": [
+            {"Name": "brainldm", "Version": brainldm.__version__, "Description": description},
+        ],
+        "HEDVersion": "8.3.0",
+    }
+    if licence:
+        content["License"] = licence
+    if sources:
+        content["SourceDatasets"] = [{"URL": source} for source in sources]
+    return content
+
+
+def t1w_sidecar(description: str, *, skull_stripped: bool, voxel_mm: float, **more: Any) -> dict[str, Any]:
+    """The sidecar that all T1w images of such a dataset inherit from its root."""
+    return {
+        "Description": description,
+        "SkullStripped": skull_stripped,
+        "SpatialReference": SPACE_REFERENCE,
+        "Units": "arbitrary",
+        "VoxelSize_mm": voxel_mm,
+        **more,
+    }
+
+
+def write_column_dictionary(path: Path, columns: dict[str, dict[str, Any]]) -> None:
+    """The JSON beside a table, that says what each column means and in which unit."""
+    write_json(path, columns)

@@ -1,0 +1,96 @@
+"""What is this folder? Told from the files that brainldm leaves in everything it makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from brainldm.base.errors import BadInput
+from brainldm.base.files import read_json, sha256_of
+from brainldm.base.manifest import Manifest
+from brainldm.base.nifti import read_nifti
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The kind of thing at `path` and its main facts, as plain JSON content. BadInput when it is nothing we know."""
+    if path.is_file():
+        return _scan(path)
+    for marker, teller in _TELLERS.items():
+        if (path / marker).is_file():
+            return teller(path)
+    if not path.exists():
+        raise BadInput("there is no such file or folder.", path=path, reason="missing")
+    raise BadInput(
+        f"is nothing that brainldm makes or reads (none of {', '.join(_TELLERS)} is in it).",
+        path=path,
+        reason="unknown_kind",
+    )
+
+
+def _scan(path: Path) -> dict[str, Any]:
+    volume = read_nifti(path)
+    low, high = float(volume.data_XYZ.min()), float(volume.data_XYZ.max())
+    return {
+        "kind": "scan",
+        "shape_XYZ": list(volume.shape_XYZ),
+        "voxel_mm": [round(float(v), 4) for v in volume.voxel_mm],
+        "affine": volume.affine.round(4).tolist(),
+        "values": [low, high],
+        "notes": list(volume.notes),
+        "sha256": sha256_of(path),
+    }
+
+
+def _model(path: Path) -> dict[str, Any]:
+    content = read_json(path / "model.json")
+    weights = {
+        name: "whole"
+        if (path / name).is_file() and sha256_of(path / name) == facts.get("sha256")
+        else "missing or changed"
+        for name, facts in content.get("weights", {}).items()
+    }
+    shown = ("name", "format_version", "target", "latent", "grid", "covariates", "training", "licence")
+    return {"kind": f"model ({content.get('kind')})", "weights": weights} | {k: content.get(k) for k in shown}
+
+
+def _cohort(path: Path) -> dict[str, Any]:
+    records = Manifest(path / "manifest.jsonl").records()
+    return {"kind": "prepared cohort", "images": len({r.get("index") for r in records})} | read_json(
+        path / "prepared.json"
+    )
+
+
+def _run(path: Path) -> dict[str, Any]:
+    content = read_json(path / "run.json")
+    stages = {
+        stage: read_json(path / stage / "summary.json")
+        for stage in ("autoencoder", "diffusion")
+        if (path / stage / "summary.json").is_file()
+    }
+    return {"kind": "training run", "has_model": (path / "model" / "model.json").is_file(), "stages": stages} | content
+
+
+def _synthetic(path: Path) -> dict[str, Any]:
+    content = read_json(path / "generation.json")
+    done = len(Manifest(path / "manifest.jsonl").proven(path))
+    return {"kind": "synthetic dataset", "done": done, "missing": content["n"] - done} | content
+
+
+def _scorecard(path: Path) -> dict[str, Any]:
+    return {"kind": "scorecard"} | read_json(path / "scorecard.json")
+
+
+def _bids(path: Path) -> dict[str, Any]:
+    scans = sum(1 for _ in path.glob("sub-*/**/anat/*_T1w.nii*"))
+    return {"kind": "BIDS dataset", "t1w_images": scans} | read_json(path / "dataset_description.json")
+
+
+# The most telling file first: everything of ours that holds images is a BIDS dataset too.
+_TELLERS = {
+    "model.json": _model,
+    "run.json": _run,
+    "prepared.json": _cohort,
+    "generation.json": _synthetic,
+    "scorecard.json": _scorecard,
+    "dataset_description.json": _bids,
+}

@@ -1,0 +1,378 @@
+"""The command `brainldm`: one verb for each arrow of the way. Flags say where and how much, never the science.
+
+Nothing heavy is imported until a verb runs, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from brainldm import __version__
+
+if TYPE_CHECKING:
+    from brainldm.generate.plan import Sweep
+
+app = App(
+    name="brainldm",
+    version=__version__,
+    help="Brains of nobody: scans become a cohort, a cohort a model, a model as many T1w brains as you ask for.",
+    help_format="plaintext",
+    version_flags=["--version"],
+)
+
+Workers = Annotated[int, Parameter(help="Processes that work side by side.")]
+Device = Annotated[str, Parameter(help="auto, cpu or cuda.")]
+Precision = Annotated[str, Parameter(help="auto, fp32 or bf16; auto takes bf16 where the processor is made for it.")]
+
+
+@app.command
+def demo(
+    out: Path,
+    /,
+    *,
+    people: Annotated[int, Parameter(help="Phantom people to make and train on.")] = 64,
+    seed: int = 0,
+    minutes: Annotated[float, Parameter(help="Longest time for both trainings together.")] = 8.0,
+    workers: Workers = 2,
+) -> None:
+    """The whole way on a made-up population: phantoms, both trainings, 16 brains, their evaluation, a page to look at.
+
+    OUT is the folder to write. The same command goes on with an interrupted demo.
+    """
+    from brainldm.recipes.whole_way import run_demo
+
+    with _progress() as progress:
+        run_demo(out, people=people, seed=seed, minutes=minutes, workers=workers, progress=progress, say=_say)
+
+
+@app.command
+def phantom(
+    out: Path,
+    /,
+    *,
+    n: Annotated[int, Parameter(help="How many people.")] = 64,
+    grid: Annotated[str, Parameter(help="paper (1 mm), 2mm or 4mm.")] = "4mm",
+    seed: int = 0,
+    labels: Annotated[
+        Path | None, Parameter(help="Folder of label maps (FreeSurfer numbers) to use as anatomies.")
+    ] = None,
+    workers: Workers = 1,
+) -> None:
+    """A population of made-up people with known anatomy, as a BIDS dataset."""
+    from brainldm.base.volume import grid_named
+    from brainldm.cohort.phantom import write_phantom_study
+
+    with _progress() as progress:
+        write_phantom_study(
+            out, n=n, grid=grid_named(grid), seed=seed, labels=labels, workers=workers, progress=progress
+        )
+    _say(f"{n} phantoms are in {out}. Next: brainldm prepare {out} COHORT --grid {grid}")
+
+
+@app.command
+def prepare(
+    bids: Path,
+    out: Path,
+    /,
+    *,
+    grid: Annotated[str, Parameter(help="paper (1 mm), 2mm or 4mm.")] = "paper",
+    register: Annotated[
+        Literal["auto", "rigid", "none", "unires"],
+        Parameter(help="auto registers rigidly what is not in MNI space yet; unires drives an installed UniRes."),
+    ] = "auto",
+    skull: Annotated[Literal["keep", "strip"], Parameter(help="Keep what is there, or strip the skull.")] = "keep",
+    strip_with: Annotated[
+        Literal["mask", "template", "deepbet"], Parameter(help="How to strip: the study's masks, or a method.")
+    ] = "template",
+    volumes: Annotated[
+        str, Parameter(help="measure; table (the study's own columns); or a SynthSeg/FreeSurfer volume table.")
+    ] = "measure",
+    masks: Annotated[Path | None, Parameter(help="Folder of brain masks, when not among the derivatives.")] = None,
+    nan: Annotated[Literal["error", "zero"], Parameter(help="What to do with voxels that are not finite.")] = "error",
+    volume: Annotated[int | None, Parameter(help="Which volume of 4-D files, from 0.")] = None,
+    assume_orientation: Annotated[
+        bool, Parameter(help="Accept headers that do not say how the image lies.", negative="")
+    ] = False,
+    strict: Annotated[bool, Parameter(help="Refuse a study that holds one scan twice.", negative="")] = False,
+    holdout: Annotated[float, Parameter(help="Share of people kept out of training.")] = 0.2,
+    seed: Annotated[int, Parameter(help="Seed of the split.")] = 0,
+    workers: Workers = 1,
+) -> None:
+    """A study's scans become a cohort: registered, on one grid, 0..1, with covariates and a split."""
+    from brainldm.cohort.prepare import PrepareConfig, prepare_study
+
+    config = PrepareConfig(
+        grid=grid,
+        register=register,
+        skull=skull,
+        strip_with=strip_with,
+        volumes=volumes,
+        masks=masks,
+        nan=nan,
+        volume_index=volume,
+        assume_orientation=assume_orientation,
+        strict=strict,
+        holdout=holdout,
+        seed=seed,
+    )
+    with _progress() as progress:
+        summary = prepare_study(bids, out, config, workers=workers, progress=progress)
+    _say(str(summary))
+
+
+@app.command
+def train(
+    recipe: str,
+    /,
+    *,
+    data: Annotated[Path, Parameter(help="A prepared cohort.")],
+    out: Annotated[Path, Parameter(help="The run's folder; an interrupted run there is gone on with.")],
+    stage: Literal["autoencoder", "diffusion", "all"] = "all",
+    steps: Annotated[int | None, Parameter(help="Steps of each stage, instead of the recipe's.")] = None,
+    minutes: Annotated[float | None, Parameter(help="Training time in all, shared by the stages.")] = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    dry_run: Annotated[bool, Parameter(help="Print the resolved recipe and stop.", negative="")] = False,
+) -> None:
+    """A cohort becomes a model. RECIPE is demo, small or paper."""
+    from brainldm.recipes import recipe_named
+
+    chosen = recipe_named(recipe)
+    if dry_run:
+        _say(json.dumps(chosen.to_json(), indent=2))
+        return
+    from brainldm.train.run import train as run_training
+
+    with _progress() as progress:
+        summary = run_training(
+            chosen,
+            data,
+            out,
+            stage=stage,
+            steps=steps,
+            minutes=minutes,
+            device=device,
+            precision=precision,
+            progress=progress,
+        )
+    for name, figures in summary.stages.items():
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in figures["last"].items())
+        _say(f"{name}: {figures['steps']} of {figures['planned_steps']} steps in {figures['seconds']:.0f} s; {shown}")
+    if summary.model:
+        _say(f"The model is in {summary.model}. Next: brainldm generate {out} OUT --n 16")
+
+
+@app.command
+def generate(
+    model: Path,
+    out: Path,
+    /,
+    *,
+    n: Annotated[
+        int | None, Parameter(help="How many brains (default: one a combination of the sweeps, or 16).")
+    ] = None,
+    age: Annotated[str | None, Parameter(help="Years: 70, or a sweep 50:80:4 (from, to, how many).")] = None,
+    sex: Annotated[str | None, Parameter(help="F, M, or both as F:M.")] = None,
+    ventricles: Annotated[str | None, Parameter(help="Ventricular volume: 40ml, or a sweep 15ml:60ml:4.")] = None,
+    brain: Annotated[
+        str | None, Parameter(help="Head-size-normalised grey + white matter: 1450ml, or a sweep.")
+    ] = None,
+    plan: Annotated[Path | None, Parameter(help="A table with a row a brain, instead of the four above.")] = None,
+    seed: int = 0,
+    sampler: Annotated[str, Parameter(help="ddim, ddim-original or ddpm.")] = "ddim",
+    steps: Annotated[int | None, Parameter(help="Sampling steps, instead of the sampler's own number.")] = None,
+    batch: Annotated[int, Parameter(help="Brains sampled together.")] = 4,
+    dtype: Annotated[Literal["int16", "uint8", "float32"], Parameter(help="How voxels (0..1) are stored.")] = "int16",
+    allow_extrapolation: Annotated[
+        bool, Parameter(help="Accept covariates outside the training range, and mark them.", negative="")
+    ] = False,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    dry_run: Annotated[bool, Parameter(help="Print the plan and stop.", negative="")] = False,
+) -> None:
+    """Brains of the covariates you ask for, as a BIDS derivative dataset.
+
+    What is not asked is drawn from the model's training population. The same command finishes an interrupted dataset.
+    """
+    from brainldm.base.errors import UsageError
+    from brainldm.generate.plan import check_ranges, make_plan, read_plan
+    from brainldm.model.folder import load_model, read_description
+
+    asked = _asked(age, sex, ventricles, brain)
+    if plan is not None and (asked or n is not None):
+        raise UsageError("--plan fixes every row, so it cannot go with --n, --age, --sex, --ventricles or --brain.")
+    covariates = read_description(model).covariates
+    ranges = covariates.fitted_ranges()
+    if plan is not None:
+        rows = check_ranges(read_plan(plan), ranges, allow_extrapolation=allow_extrapolation)
+    else:
+        joint = covariates.joint_model()
+        rows = make_plan(asked, n=n, seed=seed, ranges=ranges, joint=joint, allow_extrapolation=allow_extrapolation)
+    if dry_run:
+        for row in rows:
+            _say(f"{row.participant_id} {row.covariates} {' '.join(row.extrapolated)}")
+        return
+
+    from brainldm.generate.run import GenerateSettings
+    from brainldm.generate.run import generate as run_generation
+    from brainldm.model.precision import choose_device, choose_precision
+
+    where = choose_device(device)
+    settings = GenerateSettings(
+        seed=seed,
+        sampler=sampler,
+        steps=steps,
+        batch=batch,
+        precision=choose_precision(precision, where),
+        dtype={"int16": "int16_unit", "uint8": "uint8_unit", "float32": "float32"}[dtype],  # type: ignore[arg-type]
+    )
+    with _progress() as progress:
+        summary = run_generation(load_model(model, where), out, rows, settings, progress=progress)
+    again = f", {summary.redrawn} of them drawn again" if summary.redrawn else ""
+    _say(f"{summary.made} brains made{again}, {summary.were_there} were there; all {len(rows)} are in {out}.")
+
+
+def _asked(age: str | None, sex: str | None, ventricles: str | None, brain: str | None) -> dict[str, Sweep]:
+    """The sweeps asked for, by covariate; one value is a sweep of one."""
+    from brainldm.base.covariates import parse_age, parse_sex, parse_volume
+    from brainldm.base.errors import UsageError
+    from brainldm.generate.plan import Sweep
+
+    asked = {}
+    for name, text, parse in (
+        ("sex", sex, lambda t: float(parse_sex(t))),
+        ("age_years", age, parse_age),
+        ("ventricles_mm3", ventricles, parse_volume),
+        ("brain_mm3", brain, parse_volume),
+    ):
+        if text is None:
+            continue
+        parts = text.split(":")
+        if name == "sex" and len(parts) == 2:
+            asked[name] = Sweep(parse(parts[0]), parse(parts[1]), 2)
+        elif len(parts) == 1:
+            asked[name] = Sweep(parse(text), parse(text), 1)
+        elif len(parts) == 3 and parts[2].isdigit() and int(parts[2]) >= 2 and name != "sex":
+            asked[name] = Sweep(parse(parts[0]), parse(parts[1]), int(parts[2]))
+        else:
+            raise UsageError(
+                f"{text!r} is neither a value nor a sweep.", remedy="A sweep is from:to:how-many, such as 15ml:60ml:4."
+            )
+    return asked
+
+
+@app.command
+def evaluate(
+    synth: Path,
+    /,
+    *,
+    real: Annotated[Path, Parameter(help="A prepared cohort to compare with.")],
+    out: Annotated[Path, Parameter(help="Where the scorecard goes.")],
+    pairs: Annotated[int, Parameter(help="Random pairs for the diversity figures.")] = 1000,
+    runs: Annotated[Path | None, Parameter(help="A training run, to show its learning curves.")] = None,
+    seed: int = 0,
+    workers: Workers = 1,
+) -> None:
+    """Judges a folder of brains: does it obey, is it diverse, how far is it from real ones. Writes scorecard.json."""
+    from brainldm.evaluate.scorecard import evaluate_dataset
+
+    with _progress() as progress:
+        scorecard = evaluate_dataset(
+            synth, real, out, pairs=pairs, seed=seed, workers=workers, runs=runs, progress=progress
+        )
+    _say(scorecard.as_text())
+    _say(f"The scorecard is in {out}. Next: brainldm report {out}")
+
+
+@app.command
+def report(folder: Path, /) -> None:
+    """A page to look at, from the result files in FOLDER: index.html, which needs no network."""
+    from brainldm.report import write_report
+
+    _say(f"Open {write_report(folder)} in a browser.")
+
+
+@app.command
+def info(path: Path, /, *, json_: Annotated[bool, Parameter(name="--json", negative="")] = False) -> None:
+    """What is this folder or file? A study, a cohort, a run, a model, a dataset, a scorecard or a scan."""
+    from brainldm.base.describe import describe
+
+    _show(describe(path), as_json=json_)
+
+
+@app.command
+def doctor(*, json_: Annotated[bool, Parameter(name="--json", negative="")] = False) -> None:
+    """Is this machine fit: versions, processor, memory, disk, and whether its arithmetic is right."""
+    from brainldm.base.errors import EnvironmentProblem
+    from brainldm.model.machine import examine_machine
+
+    findings = examine_machine()
+    _show(findings, as_json=json_)
+    if findings["problems"]:
+        raise EnvironmentProblem("; ".join(findings["problems"]))
+
+
+def _show(content: dict, *, as_json: bool) -> None:
+    if as_json:
+        _say(json.dumps(content, indent=2, ensure_ascii=False, default=str))
+        return
+    width = max(len(key) for key in content)
+    for key, value in content.items():
+        _say(
+            f"{key:<{width}}  {json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value}"
+        )
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201
+
+
+def _progress():  # type: ignore[no-untyped-def]  # a context manager of base.progress, imported late
+    from brainldm.base.progress import shown_progress
+
+    return shown_progress()
+
+
+def main() -> None:
+    """Runs the command line and exits: 0 done, 1 a bug, 2 wrong use, 3 bad input, 4 partly failed, 5 the machine, 130
+    interrupted, 143 asked to end."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    sys.exit(_run(arguments, debug=debug))
+
+
+def _run(arguments: list[str], *, debug: bool) -> int:
+    from brainldm.base.errors import BrainldmError
+
+    try:
+        app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
+    except CycloptsError:
+        return 2
+    except BrainldmError as error:
+        if debug:
+            raise
+        _complain(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _complain("interrupted. What was finished is kept; the same command goes on with the rest.")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output is gone (`| head`): nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        _complain(f"this is a bug in brainldm: {type(error).__name__}: {error}. Run again with --debug and report it.")
+        return 1
+    return 0
+
+
+def _complain(text: str) -> None:
+    print(f"brainldm: {text}", file=sys.stderr, flush=True)  # noqa: T201

@@ -1,0 +1,151 @@
+"""The tables and descriptions of a prepared cohort, written whole from what is known: a valid BIDS derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from brainldm.base.covariates import MEANINGS, SEX_LETTERS, UNITS
+from brainldm.base.derivative import SPACE, dataset_description, t1w_sidecar, write_column_dictionary
+from brainldm.base.files import write_json, write_text
+from brainldm.base.tables import write_table
+from brainldm.base.volume import grid_named
+from brainldm.cohort.bids import Failure, Scan, Study
+from brainldm.cohort.prepare_scan import PrepareConfig
+from brainldm.cohort.split import Split
+
+OUR_COLUMNS = ("participant_id", "age_years", "sex", "ventricles_mm3", "brain_mm3", "split")
+# What BIDS has no place for. The validator is told to look away; people and our own commands read it.
+BIDSIGNORE = ("prepared.json", "manifest.jsonl", "quality.tsv", "failures.tsv", "sub-*/figures/", "*_xfm.json")
+
+
+@dataclass(frozen=True)
+class CohortPerson:
+    """Somebody who is in the cohort: the study's word on them, the manifest's record, and their volumes."""
+
+    scan: Scan
+    record: Mapping[str, Any]
+    ventricles_mm3: float
+    brain_mm3: float
+    same_image_as: tuple[str, ...] = ()
+
+    @property
+    def id(self) -> str:
+        return self.scan.participant_id
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return (*self.record["flags"], *(("duplicate",) if self.same_image_as else ()))
+
+    def with_same_image_as(self, others: tuple[str, ...]) -> CohortPerson:
+        return replace(self, same_image_as=others)
+
+
+def write_cohort_tables(
+    out: Path,
+    study: Study,
+    config: PrepareConfig,
+    people: Sequence[CohortPerson],
+    splits: Mapping[str, Split],
+    failures: Sequence[Failure],
+) -> None:
+    """Writes participants, quality, failures, their dictionaries, and what BIDS wants of a derivative dataset."""
+    _write_failures(out, failures)
+    if not people:
+        return
+    _write_descriptions(out, study, config, people)
+    _write_quality(out, people)
+    _write_participants(out, study, people, splits)
+
+
+def _write_participants(out: Path, study: Study, people: Sequence[CohortPerson], splits: Mapping[str, Split]) -> None:
+    renamed = {column: f"study_{column}" if column in OUR_COLUMNS else column for column in study.columns}
+    rows = []
+    for person in people:
+        ours = {
+            "participant_id": person.id,
+            "age_years": person.scan.age_years,
+            "sex": SEX_LETTERS[person.scan.sex],
+            "ventricles_mm3": person.ventricles_mm3,
+            "brain_mm3": person.brain_mm3,
+            "split": splits[person.id],
+        }
+        rows.append(ours | {renamed[c]: person.scan.others[c] for c in study.columns})
+    write_table(out / "participants.tsv", (*OUR_COLUMNS, *renamed.values()), rows)
+    dictionary: dict[str, dict[str, Any]] = {
+        "age_years": {"Description": MEANINGS["age_years"], "Units": UNITS["age_years"]},
+        "sex": {"Description": "Sex", "Levels": {"F": "female", "M": "male"}},
+        "ventricles_mm3": {"Description": MEANINGS["ventricles_mm3"], "Units": UNITS["ventricles_mm3"]},
+        "brain_mm3": {"Description": MEANINGS["brain_mm3"], "Units": UNITS["brain_mm3"]},
+        "split": {
+            "Description": "What this person may be used for",
+            "Levels": {"train": "training", "validation": "watching the training", "test": "the final judgement"},
+        },
+    }
+    for column, ours_or_theirs in renamed.items():
+        meaning = study.column_meanings.get(column)
+        own = {"Description": f"Column {column!r} of the study's own table"}
+        dictionary[ours_or_theirs] = meaning if isinstance(meaning, dict) else own
+    write_column_dictionary(out / "participants.json", dictionary)
+
+
+def _write_quality(out: Path, people: Sequence[CohortPerson]) -> None:
+    figures = sorted({name for p in people for name in p.record["quality"]})
+    sizes = ("head_scaling", "brain_native_mm3")
+    rows = []
+    for person in people:
+        same = [f"same image as {', '.join(person.same_image_as)}"] if person.same_image_as else []
+        rows.append(
+            {
+                "participant_id": person.id,
+                "source": person.record["source"],
+                "flags": ", ".join(person.flags),
+                **{name: (person.record["measured"] or {}).get(name) for name in sizes},
+                **person.record["quality"],
+                "notes": "; ".join([*same, *person.record["notes"]]),
+            }
+        )
+    write_table(out / "quality.tsv", ("participant_id", "source", "flags", *sizes, *figures, "notes"), rows)
+
+
+def _write_failures(out: Path, failures: Sequence[Failure]) -> None:
+    path = out / "failures.tsv"
+    if failures:
+        columns = ("participant_id", "file", "reason", "message", "remedy")
+        write_table(path, columns, [{c: getattr(f, c) for c in columns} for f in failures])
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write_descriptions(out: Path, study: Study, config: PrepareConfig, people: Sequence[CohortPerson]) -> None:
+    grid = grid_named(config.grid)
+    described = f"T1w images of {study.name}, aligned rigidly to the MNI152 template, on the {grid.name} grid, in 0..1"
+    write_json(out / "dataset_description.json", dataset_description(f"{study.name}, prepared", described))
+    write_text(out / "README.md", _README.format(name=study.name, grid=grid.name, voxel_mm=grid.voxel_mm))
+    write_text(out / ".bidsignore", "\n".join(BIDSIGNORE) + "\n")
+    all_stripped = all(p.record["stripped"] for p in people)
+    sidecar = t1w_sidecar(described, skull_stripped=all_stripped, voxel_mm=grid.voxel_mm)
+    write_json(out / f"space-{SPACE}_T1w.json", sidecar)
+    for person in people:  # those who differ from what they would inherit say so themselves
+        own = out / str(person.record["file"]).replace(".nii.gz", ".json")
+        if person.record["stripped"] != all_stripped:
+            write_json(own, {"SkullStripped": person.record["stripped"]})
+        else:
+            own.unlink(missing_ok=True)
+
+
+_README = """# {name}, prepared
+
+Made by `brainldm prepare`. Every image is aligned rigidly to the MNI152 template (heads keep their size), resliced once
+to the `{grid}` grid ({voxel_mm:g} mm, RAS+) and scaled to 0..1.
+
+- `participants.tsv`: covariates and split, one row a person; `participants.json` says what the columns mean
+- `quality.tsv`: how well each scan fitted, and what should be looked at; `sub-*/figures/` shows it
+- `failures.tsv` (only if there are any): who could not be used, and why
+- `sub-*/anat/*_xfm.json`: the transforms, in mm
+- `prepared.json`, `manifest.jsonl`: how it was made, and the SHA-256 of every image
+
+These are images of real people, unless the study is made of phantoms: treat them as the study's consent says.
+"""

@@ -1,0 +1,226 @@
+"""A prepared cohort as training sees it: rows, and images by index. No torch here; the trainer makes tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from brainldm.base.covariates import CONTINUOUS, COVARIATES, Covariates, sex_code
+from brainldm.base.errors import BadInput, UsageError
+from brainldm.base.files import read_json, sha256_of
+from brainldm.base.manifest import Manifest
+from brainldm.base.nifti import read_nifti
+from brainldm.base.streams import stream
+from brainldm.base.tables import Table, read_table
+from brainldm.base.volume import Grid
+from brainldm.cohort.split import SPLITS, Split
+
+KIND = "brainldm prepared cohort"
+FORMAT = 1
+_INT16_UNIT = 32767
+
+
+@dataclass(frozen=True)
+class PreparedRow:
+    """One person of a prepared cohort."""
+
+    participant_id: str
+    covariates: Covariates
+    split: Split
+    path: Path
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PreparedCohort:
+    """A folder that `brainldm prepare` finished. `preprocessing` is what a model must record of how it was made."""
+
+    folder: Path
+    name: str
+    grid: Grid
+    preprocessing: Mapping[str, Any]
+    licence: str
+    people: tuple[PreparedRow, ...]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> PreparedCohort:
+        """The cohort in `folder`; BadInput when it is none, is unfinished, or lacks a file that its tables name."""
+        folder = Path(folder)
+        facts = read_prepared_json(folder)
+        remedy = "Run the same brainldm prepare command again: it finishes what is missing."
+        if not facts.get("finished"):
+            raise BadInput(
+                "the preparation of this cohort was interrupted.", remedy=remedy, path=folder, reason="unfinished"
+            )
+        table = read_table(folder / "participants.tsv")
+        table.require("participant_id", *COVARIATES, "split")
+        latest = {r.get("participant_id"): r for r in Manifest(folder / "manifest.jsonl").records() if "sha256" in r}
+        people = []
+        for row, cells in enumerate(table.rows):
+            record = latest.get(cells["participant_id"])
+            path = folder / str(record["file"]) if record else folder
+            if record is None or not path.is_file() or path.stat().st_size != record["bytes"]:
+                what = "has no line in manifest.jsonl" if record is None else f"lacks its image {record['file']}"
+                raise BadInput(
+                    f"{cells['participant_id']} of participants.tsv {what}.",
+                    remedy=remedy,
+                    path=folder,
+                    reason="missing",
+                )
+            people.append(_row(table, row, path, record))
+        return cls(
+            folder,
+            str(facts["name"]),
+            grid_from_json(facts["grid"]),
+            facts["preprocessing"],
+            str(facts.get("licence", "")),
+            tuple(people),
+        )
+
+    def rows(self, split: Split | None = None) -> tuple[PreparedRow, ...]:
+        """The people of one split, or of all, in the order of their ids."""
+        return tuple(row for row in self.people if split in (None, row.split))
+
+    @cached_property
+    def digest(self) -> str:
+        """64 hexadecimal digits that change when an image, a covariate, a split, a person or the grid does."""
+        lines = [repr((self.grid.name, self.grid.shape_XYZ, self.grid.voxel_mm, self.grid.origin_mm))]
+        lines += [repr((r.participant_id, r.split, r.covariates.as_array().tolist(), r.sha256)) for r in self.people]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def read_prepared_json(folder: Path) -> dict[str, Any]:
+    """What prepared.json says; BadInput when the folder is no prepared cohort or one of a newer program."""
+    remedy = "Prepare the study first: brainldm prepare BIDS_FOLDER OUT."
+    path = folder / "prepared.json"
+    if not folder.is_dir():
+        raise BadInput("there is no such folder.", remedy="Check the path.", path=folder, reason="missing")
+    if not path.is_file():
+        raise BadInput(
+            "is no prepared cohort: it has no prepared.json.", remedy=remedy, path=folder, reason="not_prepared"
+        )
+    facts = read_json(path)
+    if not isinstance(facts, dict) or facts.get("kind") != KIND:
+        raise BadInput(f"does not describe a {KIND}.", remedy=remedy, path=path, reason="not_prepared")
+    if facts.get("format") != FORMAT:
+        raise BadInput(
+            f"has the format {facts.get('format')!r}; this program knows {FORMAT}.",
+            remedy="Use the version of brainldm that made it, or prepare the study again.",
+            path=path,
+            reason="format",
+        )
+    missing = [key for key in ("name", "grid", "preprocessing", "config") if key not in facts]
+    if missing:
+        raise BadInput(f"lacks {', '.join(missing)}.", remedy=remedy, path=path, reason="not_prepared")
+    return facts
+
+
+def grid_to_json(grid: Grid) -> dict[str, Any]:
+    return {
+        "name": grid.name,
+        "shape_XYZ": list(grid.shape_XYZ),
+        "voxel_mm": grid.voxel_mm,
+        "origin_mm": list(grid.origin_mm),
+    }
+
+
+def grid_from_json(content: Mapping[str, Any]) -> Grid:
+    try:
+        x, y, z = (int(n) for n in content["shape_XYZ"])
+        ox, oy, oz = (float(o) for o in content["origin_mm"])
+        return Grid(str(content["name"]), (x, y, z), float(content["voxel_mm"]), (ox, oy, oz))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"the grid {content!r} is incomplete.", reason="bad_grid") from error
+
+
+def _row(table: Table, row: int, path: Path, record: Mapping[str, Any]) -> PreparedRow:
+    cells = table.rows[row]
+    sex = sex_code(cells["sex"])
+    if sex is None:
+        raise table.fault(row, "sex", "is neither F nor M.")
+    numbers = {name: table.number(row, name) for name in CONTINUOUS}
+    for name, value in numbers.items():
+        if value is None:
+            raise table.fault(row, name, "is no value, and every person of a cohort has one.")
+    split = next((s for s in SPLITS if s == cells["split"]), None)
+    if split is None:
+        raise table.fault(row, "split", f"is none of {', '.join(SPLITS)}.")
+    covariates = Covariates(sex, **{name: float(value or 0) for name, value in numbers.items()})
+    return PreparedRow(cells["participant_id"], covariates, split, path, int(record["bytes"]), str(record["sha256"]))
+
+
+class VolumeDataset:
+    """The images of one split by index, in the order of their ids.
+
+    Every file read is compared with the manifest's SHA-256. Images are kept in memory, as the 16-bit integers they
+    are stored as, while they fit into `cache_bytes`; the rest are read again each time.
+    """
+
+    def __init__(self, cohort: PreparedCohort, split: Split | None = None, *, cache_bytes: int = 4 << 30) -> None:
+        self.cohort, self.split = cohort, split
+        self.grid = cohort.grid
+        self.rows = cohort.rows(split)
+        self.names = [row.participant_id for row in self.rows]
+        self.covariates = [row.covariates for row in self.rows]
+        self._cache: dict[int, np.ndarray] = {}
+        self._cache_holds = int(cache_bytes // (2 * np.prod(self.grid.shape_XYZ)))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image_XYZ(self, index: int) -> np.ndarray:
+        """float32 in 0..1 on the cohort's grid, an array of the caller's own."""
+        stored = self._cache.get(index)
+        if stored is None:
+            stored = self._read(self.rows[index])
+            if len(self._cache) < self._cache_holds:
+                self._cache[index] = stored
+        return stored.astype(np.float32) / np.float32(_INT16_UNIT)
+
+    def _read(self, row: PreparedRow) -> np.ndarray:
+        remedy = "Restore the file, or delete it and run brainldm prepare again."
+        if not row.path.is_file() or sha256_of(row.path) != row.sha256:
+            what = "differs from its checksum in manifest.jsonl" if row.path.is_file() else "is gone"
+            raise BadInput(f"the image {what}.", remedy=remedy, path=row.path, reason="checksum")
+        volume = read_nifti(row.path)
+        if volume.shape_XYZ != self.grid.shape_XYZ or not np.allclose(volume.affine, self.grid.affine, atol=1e-3):
+            raise BadInput(
+                f"the image of shape {volume.shape_XYZ} does not lie on the grid {self.grid.name!r} "
+                f"{self.grid.shape_XYZ}.",
+                remedy=remedy,
+                path=row.path,
+                reason="grid",
+            )
+        return np.rint(volume.data_XYZ * _INT16_UNIT).astype(np.int16)
+
+
+def data_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order in which `epoch` goes through n images: a permutation that those three numbers fix."""
+    return stream(seed, "data order", epoch).permutation(n)
+
+
+def check_trainable(dataset: VolumeDataset, batch: int) -> None:
+    """UsageError when these images cannot make one batch of a training: fewer than 2, or fewer than `batch`."""
+    n = len(dataset)
+    split = dataset.split or "whole"
+    if n < 2:
+        raise UsageError(
+            f"the {split} split holds {n} image{'' if n == 1 else 's'}; at least 2 are needed.",
+            remedy="Prepare more people, or a smaller --holdout.",
+            path=dataset.cohort.folder,
+            reason="no_training_images",
+        )
+    if batch > n:
+        raise UsageError(
+            f"a batch of {batch} was asked for, and the {split} split holds {n} images.",
+            remedy=f"Use a batch of at most {n}, or prepare more people.",
+            path=dataset.cohort.folder,
+            reason="batch_too_large",
+        )

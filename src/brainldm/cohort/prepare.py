@@ -1,0 +1,379 @@
+"""A BIDS study becomes a prepared cohort: every scan on one grid in 0..1, with covariates and a split.
+
+What can be checked without a voxel is checked first. Then each scan is prepared on its own; the manifest alone says
+which are done, so the same command goes on after any interruption, and only prepares the new people after some were
+added. The tables are written last, whole, from the manifest and the study's own table.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import brainldm
+from brainldm.base.covariates import CONTINUOUS, implausible
+from brainldm.base.errors import BadInput, BrainldmError, EnvironmentProblem, PartialFailure, UsageError
+from brainldm.base.files import locked_folder, read_json, write_json, write_text
+from brainldm.base.manifest import Manifest
+from brainldm.base.progress import Progress, Quiet
+from brainldm.base.volume import grid_named
+from brainldm.cohort.bids import Failure, Scan, Study, read_study
+from brainldm.cohort.cohort_tables import CohortPerson, write_cohort_tables
+from brainldm.cohort.dataset import FORMAT, KIND, grid_to_json, read_prepared_json
+from brainldm.cohort.measure import measured_from_tables
+from brainldm.cohort.pool import each_in_a_pool
+from brainldm.cohort.prepare_scan import PrepareConfig, ScanTask, prepare_scan
+from brainldm.cohort.split import assign_splits, moved_people
+
+__all__ = ["PrepareConfig", "PrepareSummary", "prepare_study"]
+
+_VOLUMES = ("ventricles_mm3", "brain_mm3")
+# File names hold the id twice over and a part prefix, and end at 255 bytes.
+_LONGEST_ID_BYTES = 180
+
+
+@dataclass(frozen=True)
+class PrepareSummary:
+    """What came of it. `failures` is everybody the study names who is not in the cohort."""
+
+    out: Path
+    people: int
+    splits: Mapping[str, int]
+    failures: tuple[Failure, ...]
+    flagged: int
+    newly_prepared: int
+    seconds: float
+
+    def __str__(self) -> str:
+        splits = ", ".join(f"{split} {n}" for split, n in self.splits.items())
+        new = "" if self.newly_prepared == self.people else f"; {self.newly_prepared} of them now"
+        lines = [f"{self.people} people are prepared in {self.out} ({splits}{new}), in {self.seconds:.0f} s."]
+        if self.flagged:
+            lines.append(f"{self.flagged} of them should be looked at: see flags in {self.out / 'quality.tsv'}.")
+        if self.failures:
+            lines.append(f"{len(self.failures)} could not be used: see {self.out / 'failures.tsv'}.")
+        return "\n".join(lines)
+
+
+def prepare_study(
+    bids: Path,
+    out: Path,
+    config: PrepareConfig,
+    *,
+    workers: int = 1,
+    progress: Progress = Quiet(),  # noqa: B008  # stateless
+) -> PrepareSummary:
+    """Prepares the study in `bids` into `out`, or finishes, extends or refreshes what an earlier call made there.
+
+    PartialFailure when some people could not be used (the rest is done), BadInput when nobody could, UsageError when
+    `out` holds anything else.
+    """
+    begun = time.monotonic()
+    bids, out = Path(bids), Path(out)
+    config.check()
+    if workers < 1:
+        raise UsageError(f"{workers} workers were asked for.", remedy="Ask for at least 1.")
+    _check_tools(config)
+    _check_places(bids, out)
+    study = read_study(bids, masks=config.masks)
+    volumes, failures = _known_volumes(study, config)
+    failures += study.failures
+    scans = [s for s in study.scans if s.participant_id not in {f.participant_id for f in failures}]
+    with locked_folder(out):
+        earlier = _earlier_facts(out, study, config)
+        facts = _facts(study, config, earlier)
+        write_json(out / "prepared.json", facts | {"finished": False})
+        manifest = Manifest(out / "manifest.jsonl")
+        tasks, done = _what_is_missing(out, manifest, scans, config)
+        progress.start("preparing scans", len(scans), len(done))
+        newly_prepared = 0
+        for task, outcome in each_in_a_pool(prepare_scan, tasks, workers=workers):
+            if isinstance(outcome, Exception):
+                failures.append(_failure(task.scan, outcome, study.root))
+            else:
+                manifest.append(**outcome)
+                newly_prepared += 1
+            progress.advance(1, task.scan.participant_id)
+        records = list(_proven(out, manifest).values())
+        _write_manifest(manifest, records)
+        people = _people(scans, records, volumes)
+        people, refused = _duplicates(people, config)
+        failures += refused + _left_over(study, records)
+        summary = _finish(out, study, config, facts, people, failures, newly_prepared, begun)
+    if not people:
+        first = failures[0]
+        raise BadInput(
+            f"nobody could be prepared. {first.participant_id}: {first.message}",
+            remedy=first.remedy or f"See {out / 'failures.tsv'}.",
+            path=study.root / first.file,
+            reason=first.reason,
+        )
+    if failures:
+        raise PartialFailure(str(summary), remedy="Mend them and run the same command again, or leave them out.")
+    return summary
+
+
+# ------------------------------------------------------------------------------------------------ before any voxel
+
+
+def _check_tools(config: PrepareConfig) -> None:
+    if config.skull == "strip" and config.strip_with == "deepbet" and importlib.util.find_spec("deepbet") is None:
+        raise EnvironmentProblem(
+            "deepbet is not installed.", remedy="pip install 'brainldm[deepbet]', or --strip-with template."
+        )
+
+
+def _check_places(bids: Path, out: Path) -> None:
+    source, target = bids.resolve(), out.resolve()
+    if target == source or target in source.parents:
+        raise UsageError(
+            f"the output {out} would lie over the study {bids}.",
+            remedy="Choose an output folder of its own.",
+            path=out,
+        )
+
+
+def _known_volumes(study: Study, config: PrepareConfig) -> tuple[dict[str, dict[str, float]], list[Failure]]:
+    """Each person's volumes where they are not to be measured, and those who have none."""
+    if config.volumes == "measure":
+        return {}, []
+    known: dict[str, dict[str, float]] = {}
+    failures: list[Failure] = []
+    if config.volumes == "table":
+        missing = [c for c in _VOLUMES if c not in study.columns]
+        if missing:
+            raise BadInput(
+                f"participants.tsv has no column {missing[0]!r}; it has: {', '.join(study.columns) or 'no others'}.",
+                remedy=f"Add {' and '.join(_VOLUMES)}, or let them be measured: --volumes measure.",
+                path=study.root / "participants.tsv",
+                reason="missing_column",
+            )
+        told, remedy = "the study's table", "Write it in mm^3, or use --volumes measure."
+        cells = {s.participant_id: {c: s.others[c] for c in _VOLUMES} for s in study.scans}
+    else:
+        told, remedy = Path(config.volumes).name, "Measure this person too, or use --volumes measure."
+        measured = measured_from_tables(Path(config.volumes))
+        cells = {
+            i: {"ventricles_mm3": repr(m.ventricles_mm3), "brain_mm3": repr(m.brain_mm3)} for i, m in measured.items()
+        }
+    for scan in study.scans:
+        fault, values = "", {}
+        for name in _VOLUMES:
+            text = cells.get(scan.participant_id, {}).get(name, "")
+            try:
+                values[name] = float(text)
+                fault = fault or implausible(name, values[name])
+            except ValueError:
+                fault = fault or "is no number"
+            if fault and not fault.startswith(name):
+                fault = f"{name} {text or 'n/a'!r} {fault}"
+        if fault:
+            message = f"in {told}, {fault}."
+            failures.append(Failure(scan.participant_id, scan.file, "bad_volume", message, remedy))
+        else:
+            known[scan.participant_id] = values
+    return known, failures
+
+
+def _earlier_facts(out: Path, study: Study, config: PrepareConfig) -> Mapping[str, Any]:
+    """What prepared.json says of an earlier run of this very preparation; empty for a new folder."""
+    if not (out / "prepared.json").exists():
+        others = sorted(p.name for p in out.iterdir() if not p.name.startswith(".brainldm"))
+        if others:
+            raise UsageError(
+                f"the output folder is in use: it holds {others[0]} and is no prepared cohort.",
+                remedy="Choose an empty or a new folder.",
+                path=out,
+                reason="in_use",
+            )
+        return {}
+    try:
+        earlier = read_prepared_json(out)
+    except BadInput as error:
+        raise UsageError(
+            f"the output folder is in use: {error.message}",
+            remedy="Choose an empty or a new folder.",
+            path=out,
+            reason="in_use",
+        ) from error
+    asked = {"study": study.name} | config.to_json()
+    there = {"study": earlier["source"]["name"]} | earlier["config"]
+    differing = [f"{k}: {there.get(k)} there, {asked.get(k)} asked" for k in asked if asked[k] != there.get(k)]
+    if differing:
+        raise UsageError(
+            f"this cohort was prepared in another way ({'; '.join(differing)}).",
+            remedy="Use another output folder, or the same study and options as before.",
+            path=out,
+            reason="other_config",
+        )
+    return earlier
+
+
+def _facts(study: Study, config: PrepareConfig, earlier: Mapping[str, Any]) -> dict[str, Any]:
+    packages = ("numpy", "scipy", "nibabel", "nilearn", "SimpleITK")
+    description_path = study.root / "dataset_description.json"
+    description = read_json(description_path) if description_path.exists() else {}
+    licence = description.get("License", "") if isinstance(description, dict) else ""
+    return {
+        "kind": KIND,
+        "format": FORMAT,
+        "name": study.name,
+        "licence": str(licence),
+        "grid": grid_to_json(grid_named(config.grid)),
+        "config": config.to_json(),
+        "preprocessing": earlier.get("preprocessing", {}),
+        "source": {"name": study.name},
+        "moved_to_fill_a_split": earlier.get("moved_to_fill_a_split", {}),
+        "versions": {"brainldm": brainldm.__version__} | {p: importlib.metadata.version(p) for p in packages},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- what is done
+
+
+def _proven(out: Path, manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """The finished records by person, in the order of their index."""
+    by_index = manifest.proven(out)
+    return {by_index[i]["participant_id"]: by_index[i] for i in sorted(by_index)}
+
+
+def _what_is_missing(
+    out: Path, manifest: Manifest, scans: Sequence[Scan], config: PrepareConfig
+) -> tuple[list[ScanTask], set[str]]:
+    """The scans still to prepare, and who is done.
+
+    A person keeps the index they once had; the others take the free ones in the order of their ids, which gives a
+    run that was killed the same indices again.
+    """
+    proven = _proven(out, manifest)
+    done = {s.participant_id for s in scans if _is_current(proven.get(s.participant_id), s)}
+    taken = {record["index"] for record in proven.values()}
+    free = (i for i in range(len(scans) + len(taken) + 1) if i not in taken)
+    tasks = []
+    for scan in scans:
+        if scan.participant_id in done:
+            continue
+        record = proven.get(scan.participant_id)
+        index = next(free) if record is None else record["index"]
+        tasks.append(ScanTask(index, scan, out, config, measure=config.volumes == "measure"))
+    return tasks, done
+
+
+def _is_current(record: Mapping[str, Any] | None, scan: Scan) -> bool:
+    """Whether the record is of this scan file and not of another or of an earlier one of that name."""
+    if record is None or record["source"] != scan.file:
+        return False
+    try:
+        return bool(record["source_bytes"] == scan.path.stat().st_size)
+    except OSError:
+        return False
+
+
+def _write_manifest(manifest: Manifest, records: Sequence[Mapping[str, Any]]) -> None:
+    """The same records in the order of their index, so that equal cohorts have equal manifests."""
+    lines = [json.dumps(r, allow_nan=False, ensure_ascii=False) for r in records]
+    write_text(manifest.path, "".join(f"{line}\n" for line in lines))
+
+
+def _failure(scan: Scan, error: Exception, root: Path) -> Failure:
+    if isinstance(error, EnvironmentProblem):
+        raise error
+    if isinstance(error, BrainldmError):
+        return Failure(scan.participant_id, scan.file, error.reason, error.message, error.remedy)
+    if isinstance(error, OSError):
+        message = f"cannot be read: {error.strerror or error}."
+        return Failure(scan.participant_id, scan.file, "unreadable", message, "Check the file and its permissions.")
+    if isinstance(error, MemoryError):
+        return Failure(scan.participant_id, scan.file, "memory", "there was not enough memory.", "Use fewer --workers.")
+    message = f"an unforeseen fault ({type(error).__name__}: {error})".replace(str(root), "")
+    return Failure(scan.participant_id, scan.file, "unforeseen", message, "Please report it, with the scan's header.")
+
+
+# -------------------------------------------------------------------------------------------------------- the end
+
+
+def _people(
+    scans: Sequence[Scan], records: Sequence[dict[str, Any]], volumes: Mapping[str, Mapping[str, float]]
+) -> list[CohortPerson]:
+    by_id = {r["participant_id"]: r for r in records}
+    people = []
+    for scan in scans:
+        record = by_id.get(scan.participant_id)
+        if record is not None and _is_current(record, scan):
+            known = volumes.get(scan.participant_id) or record["measured"]
+            people.append(CohortPerson(scan, record, float(known["ventricles_mm3"]), float(known["brain_mm3"])))
+    return people
+
+
+def _duplicates(people: list[CohortPerson], config: PrepareConfig) -> tuple[list[CohortPerson], list[Failure]]:
+    """People whose scans are equal voxel for voxel: flagged, or with `strict` refused, all of them."""
+    groups: dict[str, list[CohortPerson]] = {}
+    for person in people:
+        groups.setdefault(person.record["voxels_sha256"], []).append(person)
+    kept, refused = [], []
+    for person in people:
+        same = [p.id for p in groups[person.record["voxels_sha256"]] if p.id != person.id]
+        if same and config.strict:
+            message = f"has the same voxels as {', '.join(same)}."
+            refused.append(
+                Failure(person.id, person.scan.file, "duplicate", message, "Find out whose scan it is; keep one.")
+            )
+            continue
+        kept.append(person.with_same_image_as(tuple(same)))
+    return kept, refused
+
+
+def _left_over(study: Study, records: Sequence[Mapping[str, Any]]) -> list[Failure]:
+    """Those who were prepared once and whom the study no longer has."""
+    named = {s.participant_id for s in study.scans} | {f.participant_id for f in study.failures}
+    message = "was prepared earlier, and is no longer in the study; left out of the tables."
+    return [
+        Failure(r["participant_id"], r["file"], "no_longer_in_study", message, "Delete the folder to forget them.")
+        for r in records
+        if r["participant_id"] not in named
+    ]
+
+
+def _finish(
+    out: Path,
+    study: Study,
+    config: PrepareConfig,
+    facts: dict[str, Any],
+    people: Sequence[CohortPerson],
+    failures: list[Failure],
+    newly_prepared: int,
+    begun: float,
+) -> PrepareSummary:
+    moved = facts["moved_to_fill_a_split"]
+    # One scan under several ids must not be on both sides of a split: they go where the first of them is.
+    first_of = {p.id: min((p.id, *p.same_image_as)) for p in people}
+    of_first = assign_splits(set(first_of.values()), seed=config.seed, holdout=config.holdout, moved=moved)
+    splits = {i: of_first[first] for i, first in first_of.items()}
+    failures.sort(key=lambda f: (f.participant_id, f.file, f.reason))
+    write_cohort_tables(out, study, config, people, splits, failures)
+    counts = {split: list(splits.values()).count(split) for split in ("train", "validation", "test")}
+    facts |= {
+        "preprocessing": {
+            "space": "rigidly aligned to MNI152",
+            "register": config.register,
+            "skull": config.skull,
+            "skull_stripped": bool(people) and all(p.record["stripped"] for p in people),
+            "intensities": "min-max" if config.percentile is None else f"0 to percentile {config.percentile:g}",
+            "volumes": config.to_json()["volumes"],
+        },
+        "moved_to_fill_a_split": moved | moved_people(of_first, seed=config.seed, holdout=config.holdout),
+        "counts": {"people": len(people), **counts, "failures": len(failures)},
+        "finished": bool(people),
+    }
+    write_json(out / "prepared.json", facts)
+    flagged = sum(bool(p.flags) for p in people)
+    return PrepareSummary(out, len(people), counts, tuple(failures), flagged, newly_prepared, time.monotonic() - begun)
+
+
+assert set(_VOLUMES) <= set(CONTINUOUS)

@@ -1,0 +1,226 @@
+"""One person's scan becomes one prepared image: read, align, measure, reslice once, 0..1, write, draw.
+
+Everything here is a function of the scan and the config alone, so it may run in any process, in any order, twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from brainldm.base.derivative import SPACE
+from brainldm.base.errors import BadInput, UsageError
+from brainldm.base.files import write_json
+from brainldm.base.nifti import read_nifti, write_nifti
+from brainldm.base.volume import Grid, Volume, grid_named
+from brainldm.cohort.bids import Scan
+from brainldm.cohort.measure import TemplateMeasure
+from brainldm.cohort.normalise import background_at_zero, is_masked, unit_range
+from brainldm.cohort.overlay import write_overlay
+from brainldm.cohort.register import Registration, register_to_template, resample_to_grid
+from brainldm.cohort.skull import brain_mask
+from brainldm.cohort.split import check_holdout
+from brainldm.cohort.template import load_template
+
+# Flags of quality.tsv. Shares of the template's brain that the scan does not reach, and of the person's brain (or head)
+# that the box cuts off, from which on somebody should look.
+MAX_UNSEEN_BRAIN = 0.005
+MAX_CUT_BRAIN = 0.005
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """What decides the prepared images and who is in which split. Where to write and how fast is not in here.
+
+    `register`: `auto` aligns rigidly whatever is not named `space-MNI...`; `none` takes the header's word.
+    `skull`: `keep` what is there, or `strip` it with the study's own masks, by the template, or with deepbet.
+    `volumes`: `measure` them in the scan, take them from the study's `table`, or from a file of SynthSeg or FreeSurfer.
+    `percentile`: None is the paper's min-max; 99.9, say, is robust to a few bright voxels.
+    """
+
+    grid: str = "paper"
+    register: Literal["auto", "rigid", "none", "unires"] = "auto"
+    skull: Literal["keep", "strip"] = "keep"
+    strip_with: Literal["mask", "template", "deepbet"] = "template"
+    volumes: str = "measure"
+    masks: Path | None = None
+    nan: Literal["error", "zero"] = "error"
+    volume_index: int | None = None
+    assume_orientation: bool = False
+    percentile: float | None = None
+    strict: bool = False
+    holdout: float = 0.2
+    seed: int = 0
+
+    def check(self) -> None:
+        """UsageError for what no study could be prepared with."""
+        grid_named(self.grid)
+        check_holdout(self.holdout)
+        if self.percentile is not None and not 50 < self.percentile <= 100:
+            raise UsageError(f"percentile is {self.percentile:g}.", remedy="It must be above 50 and at most 100.")
+        if self.skull == "keep" and self.masks is not None:
+            raise UsageError("brain masks were given, and the skull is to be kept.", remedy="Add --skull strip.")
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON; of paths only the name, because where things lay is nobody's business."""
+        content = dict(vars(self))
+        content["masks"] = None if self.masks is None else Path(self.masks).name
+        if self.volumes not in ("measure", "table"):
+            content["volumes"] = f"file {Path(self.volumes).name}"
+        return content
+
+
+@dataclass(frozen=True)
+class ScanTask:
+    """One scan to prepare into the folder `out`. `measure` is False where the volumes are known from elsewhere."""
+
+    index: int
+    scan: Scan
+    out: Path
+    config: PrepareConfig
+    measure: bool
+
+
+def image_file(participant_id: str) -> str:
+    """Where a person's image lies below the cohort's folder."""
+    return f"{participant_id}/anat/{participant_id}_space-{SPACE}_T1w.nii.gz"
+
+
+def prepare_scan(task: ScanTask) -> dict[str, Any]:
+    """Prepares one scan, writes its files and returns its manifest record; BadInput when the scan is unusable."""
+    scan, config, grid = task.scan, task.config, grid_named(task.config.grid)
+    native, source_bytes = _read_unchanged(scan.path, config)
+    voxels_sha256 = hashlib.sha256(repr(native.shape_XYZ).encode() + native.data_XYZ.tobytes()).hexdigest()
+    mask = None if scan.mask is None else _read_mask(scan.mask, native)
+    native = Volume(background_at_zero(native.data_XYZ), native.affine, native.notes)
+
+    registration = _registration(scan, native, mask, config)
+    notes, quality = [*scan.notes, *native.notes], dict(registration.quality)
+    kept = native
+    if config.skull == "strip" and not is_masked(native.data_XYZ):
+        mask = mask if mask is not None else brain_mask(native, registration, method=config.strip_with)
+        kept = Volume(background_at_zero(native.data_XYZ, mask.data_XYZ > 0.5), native.affine)
+    elif config.skull == "strip":
+        notes.append("the skull was stripped already")
+    stripped = is_masked(kept.data_XYZ)
+
+    measured: dict[str, float] | None = None
+    if task.measure:
+        result = TemplateMeasure()(native, registration)
+        measured = {
+            "ventricles_mm3": round(result.ventricles_mm3, 1),
+            "brain_mm3": round(result.brain_mm3, 1),
+            "brain_native_mm3": round(result.brain_native_mm3, 1),
+            "head_scaling": round(result.head_scaling, 6),
+        }
+        quality |= result.quality
+
+    resampled = resample_to_grid(kept, registration.mni_from_scan, grid)
+    image_XYZ = unit_range(resampled.data_XYZ, percentile=config.percentile)
+    quality["unseen_brain"] = unseen_brain(native, registration)
+    quality["cut_brain"] = cut_by_box(kept, registration, grid) if stripped else 0.0
+
+    file = image_file(scan.participant_id)
+    written = write_nifti(task.out / file, image_XYZ, grid.affine, dtype="int16_unit", space="aligned")
+    stem = task.out / scan.participant_id / "anat" / scan.participant_id
+    write_json(
+        stem.with_name(f"{scan.participant_id}_from-T1w_to-{SPACE}_xfm.json"),
+        {
+            "method": registration.method,
+            "units": "mm, RAS+; columns are (x, y, z, 1)",
+            "mni_from_scan": registration.mni_from_scan.tolist(),
+            "mni_from_scan_affine": registration.mni_from_scan_affine.tolist(),
+            "head_scaling": registration.head_scaling,
+        },
+    )
+    write_overlay(
+        task.out / scan.participant_id / "figures" / f"{scan.participant_id}_overlay.png",
+        Volume(image_XYZ, grid.affine),
+        title=scan.participant_id,
+    )
+    return {
+        "index": task.index,
+        "participant_id": scan.participant_id,
+        "file": file,
+        "bytes": written.bytes,
+        "sha256": written.sha256,
+        "source": scan.file,
+        "source_bytes": source_bytes,
+        "voxels_sha256": voxels_sha256,
+        "stripped": stripped,
+        "measured": measured,
+        "quality": {name: float(f"{value:.6g}") for name, value in sorted(quality.items())},
+        "flags": _flags(quality),
+        "notes": list(dict.fromkeys(notes)),
+    }
+
+
+def _read_unchanged(path: Path, config: PrepareConfig) -> tuple[Volume, int]:
+    """The scan and its size; BadInput when somebody wrote to the file meanwhile."""
+    before = path.stat() if path.exists() else None
+    volume = read_nifti(
+        path, nan=config.nan, volume_index=config.volume_index, assume_orientation=config.assume_orientation
+    )
+    after = path.stat()
+    if before is None or (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise BadInput(
+            "the file changed while it was read.",
+            remedy="Wait until it is copied, then run the same command again.",
+            path=path,
+            reason="changed",
+        )
+    return volume, after.st_size
+
+
+def _read_mask(path: Path, scan: Volume) -> Volume:
+    mask = read_nifti(path, assume_orientation=True)
+    if mask.shape_XYZ != scan.shape_XYZ or not np.allclose(mask.affine, scan.affine, atol=0.01):
+        raise BadInput(
+            f"the brain mask of shape {mask.shape_XYZ} does not lie on its scan, of shape {scan.shape_XYZ}.",
+            remedy="Give a mask on the voxels of the scan.",
+            path=path,
+            reason="mask_grid",
+        )
+    return mask
+
+
+def _registration(scan: Scan, native: Volume, mask: Volume | None, config: PrepareConfig) -> Registration:
+    if config.register == "none" or (config.register == "auto" and scan.space.startswith("MNI")):
+        return Registration(np.eye(4), np.eye(4), 1.0, {}, "none")
+    return register_to_template(native, mask)
+
+
+def unseen_brain(scan: Volume, registration: Registration) -> float:
+    """Which share of the template's brain lies outside the scan's field of view; 0 is perfect."""
+    template = load_template(4).brain_mask
+    inside_mm = _to_mm(np.argwhere(template.data_XYZ), template.affine)
+    voxel_from_mni = np.linalg.inv(registration.mni_from_scan_affine @ scan.affine)
+    voxels = inside_mm @ voxel_from_mni[:3, :3].T + voxel_from_mni[:3, 3]
+    seen = ((voxels >= -0.5) & (voxels <= np.array(scan.shape_XYZ) - 0.5)).all(axis=1)
+    return float(1 - seen.mean())
+
+
+def cut_by_box(brain: Volume, registration: Registration, grid: Grid) -> float:
+    """Which share of a stripped brain's voxels the grid's box does not hold; 0 is perfect."""
+    voxels = np.argwhere(brain.data_XYZ[::2, ::2, ::2] > 0) * 2
+    in_mni = _to_mm(voxels, registration.mni_from_scan @ brain.affine)
+    position = (in_mni - np.array(grid.origin_mm)) / grid.voxel_mm
+    held = ((position >= -0.5) & (position <= np.array(grid.shape_XYZ) - 0.5)).all(axis=1)
+    return float(1 - held.mean())
+
+
+def _to_mm(voxels_N3: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    return voxels_N3 @ affine[:3, :3].T + affine[:3, 3]
+
+
+def _flags(quality: dict[str, float]) -> list[str]:
+    flags = []
+    if quality["unseen_brain"] > MAX_UNSEEN_BRAIN:
+        flags.append("field_of_view_cut")
+    if quality["cut_brain"] > MAX_CUT_BRAIN:
+        flags.append("brain_outside_box")
+    return flags

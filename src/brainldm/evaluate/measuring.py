@@ -1,0 +1,156 @@
+"""What an instrument finds in the images: once per image and instrument, kept on disk, never mixed with what was asked.
+
+An instrument is any callable from a Volume to a dataclass of numbers (cohort.measure.VolumeMeasure is the first). What
+it found is kept in a manifest under the image's SHA-256 and the instrument's name, so that a killed run goes on where
+it stopped and a changed image is measured again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from brainldm.base.covariates import CONTINUOUS, COVARIATES
+from brainldm.base.errors import BadInput
+from brainldm.base.manifest import Manifest
+from brainldm.base.nifti import read_nifti
+from brainldm.base.progress import Progress
+from brainldm.base.tables import write_table
+from brainldm.base.volume import Volume
+from brainldm.evaluate.examine import Examined
+from brainldm.evaluate.images import Failure, JudgedImage
+from brainldm.evaluate.pool import each
+
+
+class Instrument(Protocol):
+    """Finds numbers in an image; `name` also stands for its version and settings. Must be picklable."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, image: Volume) -> Any:
+        """A dataclass whose float fields are what was found; a field `quality` may map names to further figures."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What the instrument found in one image: `values` by name, and figures of its own `quality`."""
+
+    values: Mapping[str, float]
+    quality: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """By the image's SHA-256; `failures` are the images in which the instrument found nothing."""
+
+    instrument: str
+    by_sha256: Mapping[str, Measurement]
+    failures: tuple[Failure, ...]
+
+    def value(self, examined: Examined, name: str) -> float | None:
+        found = self.by_sha256.get(examined.sha256)
+        return None if found is None else found.values.get(name)
+
+
+def measure_one(image: JudgedImage, instrument: Instrument) -> Measurement:
+    """What the instrument finds in the file as it is (its own grid, its own intensities)."""
+    found = instrument(read_nifti(image.path))
+    values = {
+        field.name: float(value)
+        for field in dataclasses.fields(found)
+        if isinstance(value := getattr(found, field.name), int | float)
+    }
+    wrong = [name for name, value in values.items() if not math.isfinite(value)]
+    if wrong:
+        raise BadInput(
+            f"the instrument {instrument.name} found no finite number for {', '.join(wrong)}.",
+            remedy="Look at this image: it may not show a brain.",
+            path=image.path,
+            reason="not_measurable",
+        )
+    quality = {k: float(v) for k, v in getattr(found, "quality", {}).items() if math.isfinite(float(v))}
+    return Measurement(values, quality)
+
+
+def measure(
+    images: Sequence[Examined],
+    side: str,
+    instrument: Instrument,
+    cache: Manifest,
+    *,
+    workers: int,
+    progress: Progress,
+) -> Measurements:
+    """Measures what the cache does not hold yet; each result is on disk before the next is counted."""
+    found = {
+        record["sha256"]: Measurement(record["values"], record["quality"])
+        for record in cache.records()
+        if record.get("instrument") == instrument.name and {"sha256", "values", "quality"} <= record.keys()
+    }
+    # One of each: byte-identical images need one measurement.
+    waiting = list({look.sha256: look for look in images if look.sha256 not in found}.values())
+    known = len(images) - len(waiting)
+    work = partial(measure_one, instrument=instrument)
+    failures = []
+    for position, outcome in each(
+        work,
+        [look.image for look in waiting],
+        workers=workers,
+        progress=progress,
+        what=f"measuring {side} images",
+        finished_before=known,
+    ):
+        look = waiting[position]
+        if isinstance(outcome, Exception):
+            failures.append((position, Failure.of(side, look.image, outcome)))
+            continue
+        found[look.sha256] = outcome
+        cache.append(
+            sha256=look.sha256,
+            instrument=instrument.name,
+            values=dict(outcome.values),
+            quality=dict(outcome.quality),
+        )
+    wanted = {look.sha256 for look in images}
+    return Measurements(
+        instrument.name,
+        {sha256: measurement for sha256, measurement in found.items() if sha256 in wanted},
+        tuple(failure for _, failure in sorted(failures, key=lambda pair: pair[0])),
+    )
+
+
+def write_measured(
+    path: Path, images: Sequence[Examined], measured: Measurements | None, *, known_as: str, flags: Sequence[bool | None]
+) -> None:
+    """One row an image: what was asked (`known_as` "asked") or recorded of a person ("recorded"), and in columns of
+    their own what was measured. `flags` says of each whether a covariate lies outside the training range."""
+    by_sha256 = {} if measured is None else measured.by_sha256
+    names = sorted({name for m in by_sha256.values() for name in m.values})
+    quality = sorted({name for m in by_sha256.values() for name in m.quality})
+    columns = ["participant_id", "file", "sha256"]
+    columns += [f"{name}_{known_as}" for name in COVARIATES]
+    columns += ["extrapolated"] if known_as == "asked" else ["split"]
+    columns += [f"{name}_measured" for name in names] + [f"quality_{name}" for name in quality]
+    rows = []
+    for look, outside in zip(images, flags, strict=True):
+        row: dict[str, object] = {
+            "participant_id": look.image.participant_id,
+            "file": look.image.file,
+            "sha256": look.sha256,
+            f"sex_{known_as}": look.image.sex,
+            "extrapolated": None if outside is None else int(outside),
+            "split": look.image.split,
+        }
+        row |= {f"{name}_{known_as}": look.image.covariates.get(name) for name in CONTINUOUS}
+        found = by_sha256.get(look.sha256)
+        if found is not None:
+            row |= {f"{name}_measured": value for name, value in found.values.items()}
+            row |= {f"quality_{name}": value for name, value in found.quality.items()}
+        rows.append(row)
+    write_table(path, columns, rows)

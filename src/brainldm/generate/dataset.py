@@ -1,0 +1,111 @@
+"""The synthetic dataset on disk: a BIDS derivative whose every brain is listed, described and hashed.
+
+OUT/plan.tsv  generation.json  manifest.jsonl  participants.tsv  participants.json  dataset_description.json
+OUT/space-MNI152rigid_desc-synth_T1w.json      the sidecar that all images inherit
+OUT/sub-000000/anat/sub-000000_space-MNI152rigid_desc-synth_T1w.nii.gz
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import brainldm
+from brainldm.base.derivative import SPACE, dataset_description, t1w_sidecar
+from brainldm.base.files import write_json, write_text
+from brainldm.base.nifti import Dtype, Written, write_nifti
+from brainldm.base.tables import write_table
+from brainldm.base.volume import Grid
+from brainldm.generate.plan import PlanRow
+
+_PARTICIPANTS = {
+    "age": {"Description": "Age given to the model", "Units": "year"},
+    "sex": {"Description": "Sex given to the model", "Levels": {"F": "female", "M": "male"}},
+    "ventricular_volume": {
+        "Description": "Volume of the lateral ventricles given to the model, not normalised for head size",
+        "Units": "mm^3",
+    },
+    "brain_volume": {
+        "Description": "Grey plus white matter volume, normalised for head size, given to the model",
+        "Units": "mm^3",
+    },
+    "extrapolated": {"Description": "Covariates that lie outside the range the model was trained on"},
+    "seed": {"Description": "Root seed; this row's noise is the stream (seed, purpose, index)"},
+    "model_id": {"Description": "First 12 hexadecimal digits of the SHA-256 of the U-Net's weights"},
+}
+
+_README = """\
+# {name}
+
+{n} synthetic T1-weighted brain images. They belong to nobody: a latent diffusion model made each from noise and the
+covariates in `participants.tsv`.
+
+Not for clinical use. The covariates are what the model was asked for, not what an image shows; `brainldm evaluate`
+measures that. Rows marked in the column `extrapolated` were asked for outside the model's training range.
+
+Every image is listed with its SHA-256 in `manifest.jsonl`; the command that made them makes what is missing.
+"""
+
+
+def image_name(row: PlanRow) -> str:
+    """Where a row's image lies below the dataset's root."""
+    return f"{row.participant_id}/anat/{row.participant_id}_space-{SPACE}_desc-synth_T1w.nii.gz"
+
+
+def write_image(out: Path, row: PlanRow, image_XYZ: np.ndarray, grid: Grid, dtype: Dtype) -> Written:
+    """Writes one brain, whole, with a header made from nothing."""
+    return write_nifti(
+        out / image_name(row),
+        image_XYZ,
+        grid.affine,
+        dtype=dtype,
+        space="mni",
+        description=f"SYNTHETIC brainldm {brainldm.__version__}",
+    )
+
+
+def write_description(out: Path, facts: dict[str, Any], rows: list[PlanRow]) -> None:
+    """Everything but the images: what the dataset is, who is in it, how it came about."""
+    model = facts["model"]
+    name = f"Synthetic brains of {model['name']}"
+    write_json(
+        out / "dataset_description.json",
+        dataset_description(
+            name,
+            "Synthetic images from a latent diffusion model",
+            licence=model["licence"],
+            sources=[],
+        ),
+    )
+    write_text(out / "README.md", _README.format(name=name, n=len(rows)))
+    write_text(out / ".bidsignore", "plan.tsv\ngeneration.json\nmanifest.jsonl\nfailures.tsv\n")
+    write_json(
+        out / f"space-{SPACE}_desc-synth_T1w.json",
+        t1w_sidecar(
+            "Synthetic T1-weighted image; no person was scanned for it",
+            skull_stripped=bool(facts["model"]["skull_stripped"]),
+            voxel_mm=facts["grid"]["voxel_mm"],
+            SyntheticData=True,
+            Generator=facts,
+        ),
+    )
+    write_table(
+        out / "participants.tsv",
+        ("participant_id", *_PARTICIPANTS),
+        (
+            {
+                "participant_id": row.participant_id,
+                "age": row.covariates.age_years,
+                "sex": row.covariates.sex_letter,
+                "ventricular_volume": row.covariates.ventricles_mm3,
+                "brain_volume": row.covariates.brain_mm3,
+                "extrapolated": ",".join(row.extrapolated) or None,
+                "seed": facts["seed"],
+                "model_id": model["id"],
+            }
+            for row in rows
+        ),
+    )
+    write_json(out / "participants.json", _PARTICIPANTS)

@@ -1,0 +1,225 @@
+"""Rows of a plan become images on disk; what the manifest proves is not made again.
+
+Rows are sampled in batches whose members are fixed by the plan (row i always belongs to batch i // size), so an
+interrupted run that is taken up again does the same arithmetic as one that never stopped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import brainldm
+from brainldm.base.errors import PartialFailure, UsageError
+from brainldm.base.files import locked_folder, read_json, write_json
+from brainldm.base.manifest import Manifest
+from brainldm.base.nifti import Dtype
+from brainldm.base.progress import Progress, Quiet
+from brainldm.base.streams import stream
+from brainldm.base.tables import write_table
+from brainldm.generate.dataset import image_name, write_description, write_image
+from brainldm.generate.plan import PlanRow, read_plan, write_plan
+from brainldm.model.folder import UNET_NAME
+from brainldm.model.latent_diffusion import LatentDiffusion, RowNoise
+
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """How images are made; all of it is recorded, and a dataset is made with one setting."""
+
+    seed: int = 0
+    sampler: str = "ddim"
+    steps: int | None = None
+    batch: int = 4
+    precision: str = "fp32"
+    dtype: Dtype = "int16_unit"
+
+
+@dataclass(frozen=True)
+class GenerateSummary:
+    folder: Path
+    made: int
+    were_there: int
+    redrawn: int
+    failed: list[int] = field(default_factory=list)
+
+
+def generate(
+    model: LatentDiffusion,
+    out: Path,
+    rows: list[PlanRow],
+    settings: GenerateSettings,
+    *,
+    progress: Progress = Quiet(),  # noqa: B008  # stateless
+) -> GenerateSummary:
+    """Makes every row of the plan that `out` does not hold yet, as a BIDS derivative.
+
+    The plan and the settings are written before the first brain; `out` must be empty or hold the same. An image that
+    is not finite or empty is drawn again from the row's next stream, up to three times; rows that stay so are listed in
+    failures.tsv and PartialFailure is raised after all others are done.
+    """
+    with locked_folder(out):
+        facts = _facts(model, settings, len(rows))
+        _record_or_compare(out, facts, rows)
+        write_description(out, facts, rows)
+        manifest = Manifest(out / "manifest.jsonl")
+        proven = manifest.proven(out)
+        missing = [row for row in rows if row.index not in proven]
+        progress.start("generating brains", len(rows), len(rows) - len(missing))
+        redrawn, failed = 0, []
+        for batch in _batches_with_missing(rows, missing, settings.batch):
+            images_BXYZ, attempts = _sample_until_sound(model, batch, settings)
+            for row, image_XYZ, attempt in zip(batch, images_BXYZ, attempts):
+                if row.index in proven:
+                    continue
+                if image_XYZ is None:
+                    failed.append(row.index)
+                    continue
+                redrawn += attempt
+                written = write_image(out, row, image_XYZ, model.grid, settings.dtype)
+                manifest.append(
+                    index=row.index,
+                    participant_id=row.participant_id,
+                    file=image_name(row),
+                    bytes=written.bytes,
+                    sha256=written.sha256,
+                    attempt=attempt,
+                )
+                progress.advance()
+        _report_failures(out, rows, failed)
+    return GenerateSummary(out, len(missing) - len(failed), len(proven), redrawn)
+
+
+def _facts(model: LatentDiffusion, settings: GenerateSettings, n: int) -> dict[str, Any]:
+    description = model.description
+    return {
+        "software": {"brainldm": brainldm.__version__, "torch": torch.__version__},
+        "model": {
+            "name": description.name,
+            "id": description.weights[UNET_NAME].sha256[:12],
+            "weights_sha256": {name: weights.sha256 for name, weights in sorted(description.weights.items())},
+            "licence": description.licence,
+            "skull_stripped": description.preprocessing.get("skull_stripped", True),
+            "training_images": description.training.get("training_images"),
+            "cohort": description.training.get("cohort"),
+            "ranges": description.covariates.ranges,
+        },
+        "grid": description.grid.model_dump(mode="json"),
+        "n": n,
+        "seed": settings.seed,
+        "sampler": settings.sampler,
+        "steps": settings.steps,
+        "batch": settings.batch,
+        "precision": settings.precision,
+        "device": model.device.type,
+        "threads": torch.get_num_threads(),
+        "dtype": settings.dtype,
+    }
+
+
+# May differ between the runs that make one dataset: they change at most the last bits of an image, never its noise.
+_MAY_DIFFER = ("software", "threads")
+
+
+def _record_or_compare(out: Path, facts: dict[str, Any], rows: list[PlanRow]) -> None:
+    path = out / "generation.json"
+    if not path.exists():
+        if any(out.glob("[!.]*")):
+            raise UsageError("the folder is not empty and holds no brains of ours.", remedy="Choose another.", path=out)
+        write_plan(out / "plan.tsv", rows)
+        write_json(path, facts)
+        return
+    recorded = read_json(path)
+    different = [
+        f"{name}: {recorded.get(name)!r} there, {value!r} now"
+        for name, value in facts.items()
+        if name not in _MAY_DIFFER and recorded.get(name) != value
+    ]
+    planned = [(row.index, row.covariates) for row in read_plan(out / "plan.tsv")]
+    if not different and planned != [(row.index, row.covariates) for row in rows]:
+        different = ["plan: other covariates"]
+    if different:
+        raise UsageError(
+            f"this folder holds another dataset; it differs in {'; '.join(different[:3])}.",
+            remedy="Give the same command to finish it, or another folder.",
+            path=out,
+        )
+
+
+def _batches_with_missing(rows: list[PlanRow], missing: list[PlanRow], size: int) -> list[list[PlanRow]]:
+    wanted = sorted({row.index // size for row in missing})
+    return [rows[number * size : (number + 1) * size] for number in wanted]
+
+
+def _sample_until_sound(
+    model: LatentDiffusion, batch: list[PlanRow], settings: GenerateSettings
+) -> tuple[list[np.ndarray | None], list[int]]:
+    """Images of the batch, None where no attempt gave one, and how many attempts before it each took."""
+    images: list[np.ndarray | None] = [None] * len(batch)
+    attempts = [0] * len(batch)
+    for attempt in range(ATTEMPTS):
+        open_rows = [position for position, image in enumerate(images) if image is None]
+        if not open_rows:
+            break
+        sampled_BXYZ = model.sample(
+            [batch[position].covariates for position in open_rows],
+            [row_noise(settings.seed, batch[position].index, attempt) for position in open_rows],
+            sampler=settings.sampler,
+            steps=settings.steps,
+            precision=settings.precision,
+        )
+        for position, image_XYZ in zip(open_rows, sampled_BXYZ):
+            attempts[position] = attempt
+            if is_sound(image_XYZ):
+                images[position] = np.clip(image_XYZ, 0.0, 1.0)
+    return images, attempts
+
+
+def is_sound(image_XYZ: np.ndarray) -> bool:
+    """Whether an image is finite and not empty: some of it is bright, and not all of it is alike."""
+    if not np.isfinite(image_XYZ).all():
+        return False
+    clipped = np.clip(image_XYZ, 0.0, 1.0)
+    return bool(clipped.max() > 0.1 and clipped.std() > 1e-3)
+
+
+def row_noise(seed: int, index: int, attempt: int = 0) -> RowNoise:
+    """The noise of row `index`: step 0 is the start of the trajectory, later steps are a stochastic sampler's."""
+
+    def noise(step: int, shape: tuple[int, ...]) -> np.ndarray:
+        purpose = f"generate/attempt-{attempt}/step-{step}"
+        return stream(seed, purpose, index).standard_normal(shape, np.float32)
+
+    return noise
+
+
+def _report_failures(out: Path, rows: list[PlanRow], failed: list[int]) -> None:
+    path = out / "failures.tsv"
+    if not failed:
+        path.unlink(missing_ok=True)
+        return
+    by_index = {row.index: row for row in rows}
+    write_table(
+        path,
+        ("participant_id", "file", "reason", "message", "remedy"),
+        (
+            {
+                "participant_id": by_index[index].participant_id,
+                "file": image_name(by_index[index]),
+                "reason": "not_sound",
+                "message": f"{ATTEMPTS} draws gave an image that is not finite or empty",
+                "remedy": "Ask for covariates nearer to the training range, or train the model longer",
+            }
+            for index in failed
+        ),
+    )
+    raise PartialFailure(
+        f"{len(failed)} of {len(rows)} brains could not be made; they are listed in failures.tsv, the rest is done.",
+        path=out,
+    )

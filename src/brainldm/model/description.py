@@ -1,0 +1,150 @@
+"""What model.json says: everything that has to be known to use the weights beside it rightly.
+
+The description is data, never code: strict pydantic models over plain JSON, unknown fields refused.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from brainldm.base.covariates import COVARIATES, UNITS, CovariateModel, CovariateRanges
+from brainldm.base.volume import Grid
+from brainldm.diffusion.schedule import Schedule, scaled_linear
+from brainldm.nets.autoencoder import AutoencoderConfig
+from brainldm.nets.unet import UNetConfig
+
+FORMAT_VERSION = 1
+
+
+class Strict(BaseModel):
+    """Refuses what it does not know, so that a newer or foreign description is never half understood."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ScheduleDescription(Strict):
+    """The noise schedule; `scaled_linear` is the paper's (linear in the square root of beta)."""
+
+    kind: Literal["scaled_linear"] = "scaled_linear"
+    beta_start: float = 0.0015
+    beta_end: float = 0.0205
+    steps: int = 1000
+
+    def build(self) -> Schedule:
+        return scaled_linear(self.beta_start, self.beta_end, self.steps)
+
+
+class AutoencoderDescription(Strict):
+    in_channels: int = 1
+    latent_channels: int = 3
+    channels: tuple[int, ...] = (64, 128, 128, 128)
+    res_blocks: int = 2
+    norm_groups: int = 32
+    norm_eps: float = 1e-6
+    fold: int = 1
+
+    def build(self) -> AutoencoderConfig:
+        return AutoencoderConfig(**self.model_dump())
+
+
+class UNetDescription(Strict):
+    in_channels: int = 7
+    out_channels: int = 3
+    channels: tuple[int, ...] = (256, 512, 768)
+    attention: tuple[bool, ...] = (False, True, True)
+    head_channels: tuple[int, ...] = (0, 512, 768)
+    res_blocks: int = 2
+    context_features: int = 4
+    norm_groups: int = 32
+    norm_eps: float = 1e-6
+
+    def build(self) -> UNetConfig:
+        return UNetConfig(**self.model_dump())
+
+
+class LatentDescription(Strict):
+    """The space the diffusion works in: U-Net latent = autoencoder latent x scale."""
+
+    shape_CXYZ: tuple[int, int, int, int]
+    scale: float = Field(gt=0)
+    channel_mean: tuple[float, ...]
+    channel_std: tuple[float, ...]
+
+
+class GridDescription(Strict):
+    """Where a generated image lies: RAS+, isotropic, mm."""
+
+    name: str
+    shape_XYZ: tuple[int, int, int]
+    voxel_mm: float = Field(gt=0)
+    origin_mm: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, grid: Grid) -> GridDescription:
+        return cls(name=grid.name, shape_XYZ=grid.shape_XYZ, voxel_mm=grid.voxel_mm, origin_mm=grid.origin_mm)
+
+    def build(self) -> Grid:
+        return Grid(self.name, self.shape_XYZ, self.voxel_mm, self.origin_mm)
+
+
+class CovariatesDescription(Strict):
+    """The covariates in the network's order, their units and training ranges, and their joint distribution.
+
+    The distribution holds no individual's row: quantiles and correlations of the training people.
+    """
+
+    names: tuple[str, ...] = COVARIATES
+    ranges: dict[str, dict[str, float | str]]
+    joint: dict | None = None
+
+    @model_validator(mode="after")
+    def _are_the_known_ones(self) -> CovariatesDescription:
+        if self.names != COVARIATES:
+            raise ValueError(f"the covariates must be {', '.join(COVARIATES)}, not {', '.join(self.names)}")
+        for name in COVARIATES:
+            if self.ranges.get(name, {}).get("units") != UNITS[name]:
+                raise ValueError(f"the range of {name} must be in {UNITS[name]!r}")
+        return self
+
+    def fitted_ranges(self) -> CovariateRanges:
+        return CovariateRanges.from_json(self.ranges)
+
+    def joint_model(self) -> CovariateModel | None:
+        return None if self.joint is None else CovariateModel.from_json(self.joint)
+
+
+class WeightsFile(Strict):
+    bytes: int
+    sha256: str
+
+
+class LatentDiffusionDescription(Strict):
+    """model.json of a latent diffusion model."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    kind: Literal["latent_diffusion"] = "latent_diffusion"
+    name: str
+    autoencoder: AutoencoderDescription
+    unet: UNetDescription
+    schedule: ScheduleDescription = ScheduleDescription()
+    target: Literal["eps", "v"] = "eps"
+    latent: LatentDescription
+    covariates: CovariatesDescription
+    grid: GridDescription
+    preprocessing: dict
+    training: dict
+    licence: str
+    weights: dict[str, WeightsFile]
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> LatentDiffusionDescription:
+        channels = self.autoencoder.latent_channels
+        downsampling = self.autoencoder.build().downsampling
+        expected = (channels, *(n // downsampling for n in self.grid.shape_XYZ))
+        if tuple(self.latent.shape_CXYZ) != expected:
+            raise ValueError(f"latent shape {self.latent.shape_CXYZ} does not fit grid and autoencoder: {expected}")
+        if self.unet.in_channels != channels + len(self.covariates.names) or self.unet.out_channels != channels:
+            raise ValueError("the U-Net's channels do not fit the latent channels plus the covariates")
+        return self

@@ -1,0 +1,47 @@
+"""In which arithmetic a network runs, chosen once and said aloud."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from brainldm.base.errors import UsageError
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device of that name; `auto` takes CUDA where it is, else the CPU. UsageError where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"no device is named {name!r}.", remedy="Use auto, cpu or cuda.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "CUDA was asked for and this machine (or this build of torch) has none.", remedy="Use --device cpu."
+        )
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """fp32 or bf16; `auto` takes bf16 where the processor multiplies matrices in it (CUDA, AMX), else fp32.
+
+    AVX512-BF16 without AMX gains nothing on small networks, so it is not taken by itself.
+    """
+    if name not in PRECISIONS:
+        raise UsageError(f"no precision is named {name!r}.", remedy=f"Choose one of: {', '.join(PRECISIONS)}.")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """The context in which a network runs in `precision`."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)

@@ -1,0 +1,166 @@
+"""Stage 1: the autoencoder learns to compress brains (paper 2.2; weights and rates in paper.md 3.1).
+
+    loss = L1 + kl_weight KL + perceptual_weight P + adversarial_weight (D(reconstruction) - 1)^2
+
+KL is a sum over the latent, averaged over the batch, as in the authors' code: hence its tiny weight.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from brainldm.base.streams import stream
+from brainldm.cohort.dataset import VolumeDataset
+from brainldm.model.precision import autocast
+from brainldm.nets.autoencoder import Autoencoder
+from brainldm.nets.discriminator import discriminator_loss, generator_loss, patch_discriminator
+from brainldm.train.batches import BatchOrder
+from brainldm.train.checkpoint import module_tensors, optimiser_tensors, restore_module, restore_optimiser
+from brainldm.train.config import AutoencoderStageConfig
+from brainldm.train.loop import learning_rate_factor
+from brainldm.train.perceptual import RandomFeatures
+from brainldm.train.pictures import save_rows
+
+
+class AutoencoderStage:
+    """The autoencoder, its discriminator, and how one step trains both."""
+
+    name = "autoencoder"
+
+    def __init__(
+        self,
+        config: AutoencoderStageConfig,
+        train: VolumeDataset,
+        validation: VolumeDataset,
+        *,
+        seed: int,
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        self.config, self.train, self.validation = config, train, validation
+        self.steps, self.seed, self.device, self.precision = config.steps, seed, device, precision
+        self.order = BatchOrder(seed, len(train), config.batch)
+        layout = torch.channels_last_3d
+        torch.manual_seed(int(stream(seed, "autoencoder-weights").integers(2**31)))  # torch's initialisers read it
+        self.autoencoder = Autoencoder(config.net, checkpointing=config.checkpointing)
+        self.autoencoder.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+        self.optimiser = torch.optim.Adam(self.autoencoder.parameters(), lr=config.learning_rate, fused=True)
+        self.discriminator: torch.nn.Module | None = None
+        if config.adversarial_weight > 0:
+            self.discriminator = patch_discriminator(config.discriminator_channels, config.discriminator_layers)
+            self.discriminator.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+            self.discriminator_optimiser = torch.optim.Adam(
+                self.discriminator.parameters(), lr=config.discriminator_learning_rate, fused=True
+            )
+        self.features = RandomFeatures(seed).to(device) if config.perceptual_weight > 0 else None
+
+    # ---- one step -----------------------------------------------------------------------------------------------
+
+    def step(self, step: int) -> dict[str, float]:
+        config = self.config
+        self._set_learning_rates(step)
+        image = self._images(self.train, self.order.members(step))
+        adversarial = self.discriminator is not None and step >= config.adversarial_from_step
+
+        # Autoencoder
+        self.optimiser.zero_grad(set_to_none=True)
+        with autocast(self.device, self.precision):
+            latent = self.autoencoder.encode(image)
+            noise = stream(self.seed, "autoencoder-noise", step).standard_normal(latent.mean_BCXYZ.shape, np.float32)
+            reconstruction = self.autoencoder.decode(latent.sample(torch.from_numpy(noise).to(self.device)))
+        reconstruction = reconstruction.float()
+        figures = {"l1": F.l1_loss(reconstruction, image), "kl": latent.kl_B().mean()}
+        loss = figures["l1"] + config.kl_weight * figures["kl"]
+        if self.features is not None:
+            figures["perceptual"] = self.features.distance(reconstruction, image)
+            loss = loss + config.perceptual_weight * figures["perceptual"]
+        if adversarial:
+            assert self.discriminator is not None
+            self.discriminator.requires_grad_(False)
+            with autocast(self.device, self.precision):
+                judged = self.discriminator(reconstruction)[-1]
+            figures["adversarial"] = generator_loss(judged.float())
+            loss = loss + config.adversarial_weight * figures["adversarial"]
+        loss.backward()
+        figures["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.autoencoder.parameters(), config.gradient_clip)
+        self.optimiser.step()
+
+        # Discriminator
+        if adversarial:
+            figures["discriminator"] = self._train_discriminator(image, reconstruction.detach())
+        return {"loss": loss.item(), **{name: value.item() for name, value in figures.items()}}
+
+    def _train_discriminator(self, image: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
+        assert self.discriminator is not None
+        self.discriminator.requires_grad_(True)
+        self.discriminator_optimiser.zero_grad(set_to_none=True)
+        with autocast(self.device, self.precision):
+            judged_fake = self.discriminator(reconstruction)[-1]
+            judged_real = self.discriminator(image)[-1]
+        loss = discriminator_loss(judged_real.float(), judged_fake.float())
+        (self.config.adversarial_weight * loss).backward()
+        torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.config.gradient_clip)
+        self.discriminator_optimiser.step()
+        return loss.detach()
+
+    def _set_learning_rates(self, step: int) -> None:
+        config = self.config
+        factor = learning_rate_factor(
+            step, warmup_steps=config.warmup_steps, total_steps=config.steps, cosine_decay=config.cosine_decay
+        )
+        self.optimiser.param_groups[0]["lr"] = config.learning_rate * factor
+        if self.discriminator is not None:
+            self.discriminator_optimiser.param_groups[0]["lr"] = config.discriminator_learning_rate * factor
+
+    def _images(self, dataset: VolumeDataset, members: list[int]) -> torch.Tensor:
+        image_B1XYZ = np.stack([dataset.image_XYZ(i) for i in members])[:, None]
+        return torch.from_numpy(image_B1XYZ).to(self.device).contiguous(memory_format=torch.channels_last_3d)
+
+    # ---- state --------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        held = module_tensors("autoencoder", self.autoencoder) | optimiser_tensors("autoencoder", self.optimiser)
+        if self.discriminator is not None:
+            held |= module_tensors("discriminator", self.discriminator)
+            held |= optimiser_tensors("discriminator", self.discriminator_optimiser)
+        return held
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        restore_module("autoencoder", self.autoencoder, tensors)
+        restore_optimiser("autoencoder", self.optimiser, tensors)
+        if self.discriminator is not None:
+            restore_module("discriminator", self.discriminator, tensors)
+            restore_optimiser("discriminator", self.discriminator_optimiser, tensors)
+
+    def batch_names(self, step: int) -> list[str]:
+        return [self.train.names[i] for i in self.order.members(step)]
+
+    # ---- looking at it ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def reconstruct(self, image_B1XYZ: torch.Tensor) -> torch.Tensor:
+        """Reconstructions from the posterior mean, float32."""
+        with autocast(self.device, self.precision):
+            return self.autoencoder.decode(self.autoencoder.encode(image_B1XYZ).mean_BCXYZ).float()
+
+    def preview(self, path: Path) -> None:
+        """Originals above, reconstructions below, of up to four people the network does not train on."""
+        shown = self.validation if len(self.validation) else self.train
+        image = self._images(shown, list(range(min(4, len(shown)))))
+        save_rows(path, [image[:, 0].cpu().numpy(), self.reconstruct(image)[:, 0].cpu().numpy()])
+
+    def validate(self) -> dict[str, float]:
+        """Reconstruction of held-out people: L1 and PSNR (peak 1), means over people."""
+        l1, psnr = [], []
+        for index in range(len(self.validation)):
+            image = self._images(self.validation, [index])
+            error = self.reconstruct(image).clamp(0, 1) - image
+            l1.append(error.abs().mean().item())
+            psnr.append(-10 * float(np.log10(max(error.square().mean().item(), 1e-12))))
+        if not l1:
+            return {"people": 0}
+        return {"people": len(l1), "l1": float(np.mean(l1)), "psnr_db": float(np.mean(psnr))}

@@ -1,0 +1,24 @@
+"""Which images make up which batch: the data order is two integers, the seed and the step."""
+
+from __future__ import annotations
+
+from brainldm.cohort.dataset import data_order
+
+
+class BatchOrder:
+    """The members of every batch of a run over `count` images: each epoch is a permutation of its own.
+
+    An epoch is cut into whole batches; what is left over stays out until the next epoch's permutation.
+    """
+
+    def __init__(self, seed: int, count: int, batch: int) -> None:
+        self._seed, self._count, self._batch = seed, count, batch
+        self.steps_an_epoch = count // batch
+        self._epoch, self._order = -1, data_order(seed, 0, count)
+
+    def members(self, step: int) -> list[int]:
+        """Dataset indices of the batch of `step`."""
+        epoch, position = divmod(step, self.steps_an_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, data_order(self._seed, epoch, self._count)
+        return [int(i) for i in self._order[position * self._batch : (position + 1) * self._batch]]

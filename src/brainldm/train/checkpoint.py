@@ -1,0 +1,105 @@
+"""Checkpoints that a killed run goes on from as if nothing had happened.
+
+One safetensors file holds everything a stage needs: networks, their averages, optimiser moments. There is no generator
+state to keep, because every draw is named by (seed, purpose, step). A manifest line with the SHA-256, written after
+the rename, makes a checkpoint count; a damaged newest one is passed over for the one before, and said so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from brainldm.base.errors import BadInput
+from brainldm.base.files import sha256_of
+from brainldm.base.manifest import Manifest
+from brainldm.model.tensors import write_tensors
+
+KEEP = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A stage's whole state after `step` steps; `seconds` is the training time it took so far."""
+
+    step: int
+    seconds: float
+    tensors: dict[str, torch.Tensor]
+    facts: dict[str, Any]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Writes the checkpoint whole, lists it, and drops all but the newest two."""
+    path = folder / f"step-{checkpoint.step:08d}.safetensors"
+    metadata = {"step": checkpoint.step, "seconds": checkpoint.seconds, "facts": checkpoint.facts}
+    write_tensors(path, checkpoint.tensors, {"brainldm": json.dumps(metadata)})
+    manifest = Manifest(folder / "manifest.jsonl")
+    manifest.append(index=checkpoint.step, file=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
+    for old in sorted(folder.glob("step-*.safetensors"))[:-KEEP]:
+        old.unlink()
+    return path
+
+
+def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint whose bytes are those that were written; None when there is none at all.
+
+    Damaged ones are passed over with a warning; BadInput when there were some and all are damaged.
+    """
+    listed = {record["index"]: record for record in Manifest(folder / "manifest.jsonl").records()}
+    present = [record for _, record in sorted(listed.items(), reverse=True) if (folder / record["file"]).is_file()]
+    for record in present:
+        path = folder / record["file"]
+        if path.stat().st_size == record["bytes"] and sha256_of(path) == record["sha256"]:
+            return _read(path)
+        warn(f"{path.name} is damaged (its SHA-256 is not the one recorded); going back to the one before.")
+    if present:
+        raise BadInput(
+            "every checkpoint here is damaged.",
+            remedy="Restore one from a copy, or delete the folder to train this stage from the beginning.",
+            path=folder,
+            reason="checksum",
+        )
+    return None
+
+
+def _read(path: Path) -> Checkpoint:
+    with safe_open(path, "pt") as opened:
+        metadata = json.loads(opened.metadata()["brainldm"])
+    return Checkpoint(metadata["step"], metadata["seconds"], load_file(path), metadata["facts"])
+
+
+def optimiser_tensors(name: str, optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimiser's moments by flat names, so that they fit a safetensors file."""
+    state = optimiser.state_dict()["state"]
+    return {
+        f"optimiser/{name}/{index}/{key}": torch.as_tensor(value)
+        for index, entries in state.items()
+        for key, value in entries.items()
+    }
+
+
+def restore_optimiser(name: str, optimiser: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Puts saved moments back; the optimiser must be built for the same parameters."""
+    prefix = f"optimiser/{name}/"
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(prefix):
+            index, entry = key.removeprefix(prefix).split("/")
+            state.setdefault(int(index), {})[entry] = tensor
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def module_tensors(name: str, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {f"{name}/{key}": tensor for key, tensor in module.state_dict().items()}
+
+
+def restore_module(name: str, module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    prefix = f"{name}/"
+    module.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})

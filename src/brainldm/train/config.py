@@ -1,0 +1,70 @@
+"""What a training run is made of: frozen dataclasses that recipes return and run.json records."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from brainldm.nets.autoencoder import AutoencoderConfig
+
+STAGES = ("autoencoder", "diffusion")
+
+
+@dataclass(frozen=True)
+class AutoencoderStageConfig:
+    """Stage 1: weights and rates as the authors use them (paper.md 3.1), unless a recipe says otherwise."""
+
+    net: AutoencoderConfig
+    steps: int
+    batch: int = 1
+    learning_rate: float = 5e-5
+    warmup_steps: int = 0
+    cosine_decay: bool = False
+    gradient_clip: float = 1.0
+    kl_weight: float = 1e-8
+    perceptual_weight: float = 0.002
+    adversarial_weight: float = 0.005
+    adversarial_from_step: int = 0
+    discriminator_learning_rate: float = 1e-4
+    discriminator_channels: int = 96
+    discriminator_layers: int = 3
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class DiffusionStageConfig:
+    """Stage 2. The U-Net's input and output channels follow from the latent and the covariates."""
+
+    channels: tuple[int, ...]
+    attention: tuple[bool, ...]
+    head_channels: tuple[int, ...]
+    steps: int
+    batch: int = 4
+    res_blocks: int = 2
+    norm_groups: int = 32
+    learning_rate: float = 2.5e-5
+    warmup_steps: int = 0
+    cosine_decay: bool = False
+    gradient_clip: float | None = None
+    ema_decay: float | None = 0.999
+    target: Literal["eps", "v"] = "eps"
+    latent_scale: float | None = None  # None: measured, 1 / standard deviation; 1.0 as the published bundle
+    beta_start: float = 0.0015
+    beta_end: float = 0.0205
+    schedule_steps: int = 1000
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. `minutes_share` is how a time budget is divided between the stages."""
+
+    name: str
+    autoencoder: AutoencoderStageConfig
+    diffusion: DiffusionStageConfig
+    seed: int = 0
+    checkpoint_minutes: float = 5.0
+    minutes_share: dict[str, float] = field(default_factory=lambda: {"autoencoder": 0.5, "diffusion": 0.5})
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,145 @@
+"""Stage 2: the U-Net learns to take noise out of latents, told the covariates (paper 2.2).
+
+x_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps;   loss = |U(x_t, t, covariates) - target|^2
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from brainldm.base.covariates import COVARIATES, Covariates
+from brainldm.base.streams import stream
+from brainldm.diffusion.schedule import scaled_linear
+from brainldm.diffusion.target import training_pair
+from brainldm.model.latent_diffusion import LatentDiffusion
+from brainldm.model.precision import autocast
+from brainldm.nets.unet import DiffusionUNet, UNetConfig, with_covariates
+from brainldm.train.averages import MovingAverage
+from brainldm.train.batches import BatchOrder
+from brainldm.train.checkpoint import module_tensors, optimiser_tensors, restore_module, restore_optimiser
+from brainldm.train.config import DiffusionStageConfig
+from brainldm.train.latents import Latents
+from brainldm.train.loop import learning_rate_factor
+from brainldm.train.pictures import save_rows
+
+
+def unet_config(config: DiffusionStageConfig, latent_channels: int) -> UNetConfig:
+    """The U-Net of a stage, its ends fitted to the latent and the covariates."""
+    return UNetConfig(
+        in_channels=latent_channels + len(COVARIATES),
+        out_channels=latent_channels,
+        channels=config.channels,
+        attention=config.attention,
+        head_channels=config.head_channels,
+        res_blocks=config.res_blocks,
+        context_features=len(COVARIATES),
+        norm_groups=config.norm_groups,
+    )
+
+
+class DiffusionStage:
+    """The U-Net, its moving average, and how one step trains it."""
+
+    name = "diffusion"
+
+    def __init__(
+        self,
+        config: DiffusionStageConfig,
+        latents: Latents,
+        scale: float,
+        condition_NF: np.ndarray,
+        names: list[str],
+        *,
+        seed: int,
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        self.config, self.latents, self.scale, self.names = config, latents, scale, names
+        self.condition_NF = torch.from_numpy(condition_NF.astype(np.float32))
+        self.steps, self.seed, self.device, self.precision = config.steps, seed, device, precision
+        self.schedule = scaled_linear(config.beta_start, config.beta_end, config.schedule_steps)
+        self.order = BatchOrder(seed, len(names), min(config.batch, len(names)))
+        torch.manual_seed(int(stream(seed, "diffusion-weights").integers(2**31)))  # torch's initialisers read it
+        net = unet_config(config, latents.mean_NCXYZ.shape[1])
+        self.unet = DiffusionUNet(net, checkpointing=config.checkpointing)
+        self.unet.to(device=device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        self.optimiser = torch.optim.Adam(self.unet.parameters(), lr=config.learning_rate, fused=True)
+        self.average = None if config.ema_decay is None else MovingAverage(self.unet, config.ema_decay)
+        self.sample_preview: LatentDiffusion | None = None
+
+    # ---- one step -----------------------------------------------------------------------------------------------
+
+    def step(self, step: int) -> dict[str, float]:
+        config, members = self.config, self.order.members(step)
+        self.optimiser.param_groups[0]["lr"] = config.learning_rate * learning_rate_factor(
+            step, warmup_steps=config.warmup_steps, total_steps=config.steps, cosine_decay=config.cosine_decay
+        )
+        draw = stream(self.seed, "diffusion-step", step)
+        shape = (len(members), *self.latents.mean_NCXYZ.shape[1:])
+        z_BCXYZ = self.scale * self.latents.sample(members, draw.standard_normal(shape, np.float32))
+        noise_BCXYZ = torch.from_numpy(draw.standard_normal(shape, np.float32))
+        timesteps_B = torch.from_numpy(draw.integers(0, config.schedule_steps, len(members)))
+        x_BCXYZ, target_BCXYZ = training_pair(config.target, z_BCXYZ, noise_BCXYZ, timesteps_B, self.schedule)
+
+        self.optimiser.zero_grad(set_to_none=True)
+        x_BCXYZ = x_BCXYZ.to(self.device).contiguous(memory_format=torch.channels_last_3d)
+        condition_BF = self.condition_NF[members].to(self.device)
+        with autocast(self.device, self.precision):
+            output = self.unet(*with_covariates(x_BCXYZ, timesteps_B.to(self.device), condition_BF))
+        loss = F.mse_loss(output.float(), target_BCXYZ.to(self.device))
+        loss.backward()
+        figures = {"loss": loss.item()}
+        if config.gradient_clip is not None:
+            norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), config.gradient_clip)
+            figures["gradient_norm"] = norm.item()
+        self.optimiser.step()
+        if self.average is not None:
+            self.average.update(self.unet, step)
+        return figures
+
+    # ---- state --------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        held = module_tensors("unet", self.unet) | optimiser_tensors("unet", self.optimiser)
+        if self.average is not None:
+            held |= {f"average/{name}": tensor for name, tensor in self.average.weights.items()}
+        return held
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        restore_module("unet", self.unet, tensors)
+        restore_optimiser("unet", self.optimiser, tensors)
+        if self.average is not None:
+            for name, tensor in self.average.weights.items():
+                tensor.copy_(tensors[f"average/{name}"])
+
+    def batch_names(self, step: int) -> list[str]:
+        return [self.names[i] for i in self.order.members(step)]
+
+    def trained_unet(self) -> DiffusionUNet:
+        """The network to keep: the moving average where there is one."""
+        if self.average is None:
+            return self.unet
+        averaged = DiffusionUNet(self.unet.config)
+        averaged.load_state_dict(self.average.weights)
+        return averaged.to(device=self.device, memory_format=torch.channels_last_3d).eval()  # type: ignore[call-overload]
+
+    # ---- looking at it ------------------------------------------------------------------------------------------
+
+    def preview(self, path: Path) -> None:
+        """Four brains from the network as it stands, of the middle covariates, always from the same noise."""
+        if self.sample_preview is None:
+            return
+        model = LatentDiffusion(self.sample_preview.description, self.sample_preview.autoencoder, self.trained_unet())
+        middle = Covariates.from_array(model.ranges.denormalise(np.full(len(COVARIATES), 0.5)))
+        noise = [preview_noise(index) for index in range(4)]
+        images_BXYZ = model.sample([middle] * 4, noise, sampler="ddim", steps=20, precision=self.precision)
+        save_rows(path, [images_BXYZ])
+
+
+def preview_noise(index: int):  # type: ignore[no-untyped-def]
+    """A row's noise for previews."""
+    return lambda step, shape: stream(0, f"preview-{index}", step).standard_normal(shape, np.float32)

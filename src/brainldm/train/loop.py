@@ -1,0 +1,209 @@
+"""The training loop: one for every stage, in the order things happen.
+
+A stage is a small object with a `step`; the loop owns time, logs, checkpoints, signals and the check that the loss is
+a number. A run that was stopped, killed or crashed goes on from its newest checkpoint and ends with the same weights,
+averages, moments and log as one that never stopped (bit for bit on a CPU).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from brainldm.base.errors import BadInput, BrainldmError
+from brainldm.base.files import write_json, write_text
+from brainldm.base.progress import Progress, Quiet
+from brainldm.train.checkpoint import Checkpoint, load_newest, save_checkpoint
+
+FIRST_CHECKPOINT_SECONDS = 20.0
+
+
+class Stage(Protocol):
+    """What the loop needs of a stage of training."""
+
+    name: str
+    steps: int
+
+    def step(self, step: int) -> dict[str, float]:
+        """Makes optimisation step number `step` (from 0) and returns what the log should say of it."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that a later step depends on."""
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Takes `tensors()` back."""
+
+    def batch_names(self, step: int) -> list[str]:
+        """The participants of that step's batch, for messages."""
+
+    def preview(self, path: Path) -> None:
+        """Writes a picture of how far it is."""
+
+
+class Terminated(BrainldmError):
+    """SIGTERM or SIGUSR1 came; the state was saved."""
+
+    exit_code = 143
+
+
+def run_stage(
+    stage: Stage,
+    folder: Path,
+    *,
+    minutes: float | None = None,
+    checkpoint_minutes: float = 5.0,
+    progress: Progress = Quiet(),  # noqa: B008  # stateless
+) -> dict[str, Any]:
+    """Trains `stage` in `folder` to its last step, or for `minutes` of training time in all, and returns a summary.
+
+    Resumes by itself. Raises BadInput when the loss is not finite (the batch is named, nothing is saved over the good
+    checkpoint) and Terminated, exit code 143, after saving when the process is asked to end.
+    """
+    checkpoints = folder / "checkpoints"
+    found = load_newest(checkpoints, warn=lambda text: print(f"warning: {text}", file=sys.stderr))  # noqa: T201
+    done, seconds_before = 0, 0.0
+    if found is not None:
+        stage.restore(found.tensors)
+        done, seconds_before = found.step, found.seconds
+    log = _Log(folder, done)
+    progress.start(f"training {stage.name}", stage.steps, done)
+
+    begun = saved_at = time.monotonic()
+    first_save = found is None
+    with _asked_to_end() as asked:
+        while done < stage.steps:
+            elapsed = seconds_before + time.monotonic() - begun
+            if minutes is not None and elapsed >= minutes * 60:
+                break
+            # One optimisation step
+            figures = stage.step(done)
+            _check_finite(figures, done, stage, folder)
+            done += 1
+            log.write({"step": done, **figures}, elapsed)
+            progress.advance(1, f"loss {figures['loss']:.4f}")
+
+            # Save now and then, and when asked to end
+            since_save = time.monotonic() - saved_at
+            due = since_save >= (FIRST_CHECKPOINT_SECONDS if first_save else checkpoint_minutes * 60)
+            if due or asked:
+                _save(stage, checkpoints, done, seconds_before + time.monotonic() - begun, log)
+                saved_at, first_save = time.monotonic(), False
+                stage.preview(folder / "previews" / f"step-{done:08d}.png")
+            if asked:
+                raise Terminated(
+                    f"asked to end after step {done} of {stage.steps}; the state is saved.",
+                    remedy="Run the same command again to go on.",
+                    path=folder,
+                )
+    seconds = seconds_before + time.monotonic() - begun
+    if found is None or done > found.step:
+        _save(stage, checkpoints, done, seconds, log)
+        stage.preview(folder / "previews" / f"step-{done:08d}.png")
+    summary = {
+        "stage": stage.name,
+        "steps": done,
+        "planned_steps": stage.steps,
+        "seconds": round(seconds, 1),
+        "last": log.mean_of_last(50),
+    }
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def _save(stage: Stage, checkpoints: Path, step: int, seconds: float, log: _Log) -> None:
+    log.flush()
+    save_checkpoint(checkpoints, Checkpoint(step, seconds, stage.tensors(), {"stage": stage.name}))
+
+
+def _check_finite(figures: dict[str, float], step: int, stage: Stage, folder: Path) -> None:
+    if all(math.isfinite(value) for value in figures.values()):
+        return
+    batch = stage.batch_names(step)
+    write_json(
+        folder / "not_finite.json",
+        {"step": step + 1, "participants": batch, "figures": {name: repr(value) for name, value in figures.items()}},
+    )
+    raise BadInput(
+        f"the loss is not a finite number at step {step + 1} (batch: {', '.join(batch)}; details in not_finite.json).",
+        remedy="Look at those scans; if they are good, lower the learning rate. The last checkpoint is untouched.",
+        path=folder,
+        reason="loss_not_finite",
+    )
+
+
+@contextmanager
+def _asked_to_end() -> Iterator[list[int]]:
+    """A list that is empty until SIGTERM or SIGUSR1 comes (a scheduler's way to say: end soon)."""
+    asked: list[int] = []
+    try:
+        previous = {
+            number: signal.signal(number, lambda received, _frame: asked.append(received))
+            for number in (signal.SIGTERM, signal.SIGUSR1)
+        }
+    except ValueError:  # not the main thread: nobody sends signals there
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _Log:
+    """log.jsonl: what each step gave, a function of the run alone. timing.jsonl: when, which is not."""
+
+    def __init__(self, folder: Path, done: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._paths = (folder / "log.jsonl", folder / "timing.jsonl")
+        for path in self._paths:
+            _keep_up_to(path, done)
+        self._files = tuple(path.open("a", encoding="utf-8") for path in self._paths)
+        self._recent: list[dict[str, float]] = []
+
+    def write(self, figures: dict[str, float], seconds: float) -> None:
+        log, timing = self._files
+        log.write(json.dumps(figures, allow_nan=False) + "\n")
+        timing.write(json.dumps({"step": figures["step"], "seconds": round(seconds, 3)}) + "\n")
+        self._recent = [*self._recent[-49:], figures]
+
+    def flush(self) -> None:
+        for file in self._files:
+            file.flush()
+
+    def mean_of_last(self, count: int) -> dict[str, float]:
+        self.flush()
+        rows = self._recent[-count:]
+        names = rows[-1].keys() - {"step"} if rows else set()
+        return {name: sum(row[name] for row in rows) / len(rows) for name in sorted(names)}
+
+
+def _keep_up_to(path: Path, step: int) -> None:
+    """Drops what a killed run logged after its last checkpoint: those steps will be made, and logged, again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            continue
+    write_text(path, "".join(kept))
+
+
+def learning_rate_factor(step: int, *, warmup_steps: int, total_steps: int, cosine_decay: bool) -> float:
+    """What the learning rate of `step` is multiplied by: a linear rise, then 1 or half a cosine down to 0."""
+    rise = min(1.0, (step + 1) / (warmup_steps + 1))
+    if not cosine_decay:
+        return rise
+    return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))

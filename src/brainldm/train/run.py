@@ -1,0 +1,294 @@
+"""A training run from a prepared cohort to a model folder: check, stage 1, latents, stage 2, model.
+
+RUN/run.json                      the resolved recipe, the cohort and the versions
+RUN/autoencoder/  RUN/diffusion/  log.jsonl, timing.jsonl, previews/, checkpoints/, summary.json
+RUN/latents/                      the cohort encoded once
+RUN/model/                        what `brainldm generate` takes
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import brainldm
+from brainldm.base.covariates import CovariateModel, CovariateRanges, covariates_array
+from brainldm.base.errors import UsageError
+from brainldm.base.files import locked_folder, read_json, write_json
+from brainldm.base.progress import Progress, Quiet
+from brainldm.cohort.dataset import PreparedCohort, VolumeDataset, check_trainable
+from brainldm.model.description import (
+    AutoencoderDescription,
+    CovariatesDescription,
+    GridDescription,
+    LatentDescription,
+    LatentDiffusionDescription,
+    ScheduleDescription,
+    UNetDescription,
+)
+from brainldm.model.folder import save_model
+from brainldm.model.latent_diffusion import LatentDiffusion
+from brainldm.model.precision import choose_device, choose_precision
+from brainldm.nets.autoencoder import Autoencoder
+from brainldm.train import perceptual
+from brainldm.train.autoencoder_stage import AutoencoderStage
+from brainldm.train.config import STAGES, Recipe
+from brainldm.train.diffusion_stage import DiffusionStage, unet_config
+from brainldm.train.latents import Latents, encode_cohort
+from brainldm.train.loop import run_stage
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """What a run has come to: its folder, its model's folder once there is one, and each stage's figures."""
+
+    folder: Path
+    model: Path | None
+    stages: dict[str, dict[str, Any]]
+
+
+def train(
+    recipe: Recipe,
+    data: Path,
+    out: Path,
+    *,
+    stage: str = "all",
+    steps: int | None = None,
+    minutes: float | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    progress: Progress = Quiet(),  # noqa: B008  # stateless
+) -> TrainSummary:
+    """Trains `recipe` on the prepared cohort `data` in `out`, going on from whatever is already there.
+
+    `stage` is `autoencoder`, `diffusion` or `all`; `steps` replaces the recipe's steps of the stages trained; `minutes`
+    bounds the training time, divided between the stages as the recipe says. UsageError where the data cannot be
+    trained on, or `out` holds another run; all of it before the first step.
+    """
+    if stage not in (*STAGES, "all"):
+        raise UsageError(f"there is no stage {stage!r}.", remedy=f"Choose one of: {', '.join(STAGES)}, all.")
+    stages = STAGES if stage == "all" else (stage,)
+    recipe = _with_steps(recipe, stages, steps)
+    cohort = PreparedCohort.open(data)
+    run = _Run(recipe, cohort, out, choose_device(device), precision, progress)
+    with locked_folder(out):
+        run.check_and_record()
+        budget = dict.fromkeys(STAGES, None if minutes is None else minutes)
+        if minutes is not None and stage == "all":
+            budget = {name: minutes * share for name, share in recipe.minutes_share.items()}
+        summaries = {}
+        if "autoencoder" in stages:
+            summaries["autoencoder"] = run.train_autoencoder(budget["autoencoder"])
+        if "diffusion" in stages:
+            summaries["diffusion"] = run.train_diffusion(budget["diffusion"])
+    model = out / "model" if (out / "model" / "model.json").is_file() else None
+    return TrainSummary(out, model, summaries)
+
+
+def _with_steps(recipe: Recipe, stages: tuple[str, ...], steps: int | None) -> Recipe:
+    if steps is None:
+        return recipe
+    if steps < 1:
+        raise UsageError(f"{steps} steps were asked for.", remedy="Ask for at least 1.")
+    changed = {name: replace(getattr(recipe, name), steps=steps) for name in stages}
+    return replace(recipe, **changed)
+
+
+class _Run:
+    """What the stages of one run share."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        cohort: PreparedCohort,
+        out: Path,
+        device: torch.device,
+        precision: str,
+        progress: Progress,
+    ) -> None:
+        self.recipe, self.cohort, self.out, self.device, self.progress = recipe, cohort, out, device, progress
+        self.precision = choose_precision(precision, device)
+        self.train = VolumeDataset(cohort, "train")
+        self.validation = VolumeDataset(cohort, "validation")
+
+    # ---- before the first step ----------------------------------------------------------------------------------
+
+    def check_and_record(self) -> None:
+        """Refuses what cannot be trained, then records the run, or compares it with the one recorded here."""
+        check_trainable(self.train, self.recipe.autoencoder.batch)
+        downsampling = self.recipe.autoencoder.net.downsampling
+        if any(n % downsampling for n in self.cohort.grid.shape_XYZ):
+            raise UsageError(
+                f"the grid {self.cohort.grid.shape_XYZ} is not divisible by {downsampling}, the downsampling of recipe "
+                f"{self.recipe.name!r}.",
+                remedy="Choose another recipe or another grid.",
+            )
+        self.ranges = CovariateRanges.fitted(self.train.covariates)
+        description = {
+            "recipe": self.recipe.to_json(),
+            "cohort": {"name": self.cohort.name, "digest": self.cohort.digest, "training_images": len(self.train)},
+            "precision": self.precision,
+            "device": self.device.type,
+        }
+        path = self.out / "run.json"
+        if path.is_file():
+            different = _differences(read_json(path), description)
+            if different:
+                raise UsageError(
+                    f"this folder holds another run; it differs in {'; '.join(different[:4])}.",
+                    remedy="Use the same recipe and data to go on with it, or another --out.",
+                    path=self.out,
+                )
+        elif any(self.out.glob("[!.]*")):
+            raise UsageError(
+                "the folder is not empty and is no training run.", remedy="Choose another --out.", path=self.out
+            )
+        versions = {"brainldm": brainldm.__version__, "torch": torch.__version__, "python": platform.python_version()}
+        write_json(path, description | {"versions": versions})
+
+    # ---- stage 1 ------------------------------------------------------------------------------------------------
+
+    def train_autoencoder(self, minutes: float | None) -> dict[str, Any]:
+        stage = self._autoencoder_stage()
+        summary = self._run(stage, minutes)
+        summary["validation"] = stage.validate()
+        write_json(self.out / "autoencoder" / "summary.json", summary)
+        return summary
+
+    def _autoencoder_stage(self) -> AutoencoderStage:
+        return AutoencoderStage(
+            self.recipe.autoencoder,
+            self.train,
+            self.validation,
+            seed=self.recipe.seed,
+            device=self.device,
+            precision=self.precision,
+        )
+
+    def _run(self, stage: AutoencoderStage | DiffusionStage, minutes: float | None) -> dict[str, Any]:
+        return run_stage(
+            stage,
+            self.out / stage.name,
+            minutes=minutes,
+            checkpoint_minutes=self.recipe.checkpoint_minutes,
+            progress=self.progress,
+        )
+
+    def _trained_autoencoder(self) -> tuple[Autoencoder, dict[str, Any]]:
+        """The autoencoder as stage 1 left it; stage 1 must have been run (with any number of steps)."""
+        summary_path = self.out / "autoencoder" / "summary.json"
+        if not summary_path.is_file():
+            raise UsageError(
+                "stage 2 needs the autoencoder, and stage 1 has not ended here.",
+                remedy="Train with --stage autoencoder (or all) first.",
+                path=self.out,
+            )
+        stage = self._autoencoder_stage()
+        from brainldm.train.checkpoint import load_newest
+
+        checkpoint = load_newest(self.out / "autoencoder" / "checkpoints", warn=lambda _: None)
+        assert checkpoint is not None, "a stage with a summary has a checkpoint"
+        stage.restore(checkpoint.tensors)
+        return stage.autoencoder.eval(), read_json(summary_path)
+
+    # ---- stage 2 ------------------------------------------------------------------------------------------------
+
+    def train_diffusion(self, minutes: float | None) -> dict[str, Any]:
+        autoencoder, autoencoder_summary = self._trained_autoencoder()
+        latents = encode_cohort(
+            self.out / "latents",
+            autoencoder,
+            self.train,
+            _latents_key(autoencoder, self.cohort),
+            device=self.device,
+            precision=self.precision,
+            progress=self.progress,
+        )
+        scale = self.recipe.diffusion.latent_scale or 1.0 / latents.std
+        condition_NF = self.ranges.normalise(covariates_array(self.train.covariates))
+        stage = DiffusionStage(
+            self.recipe.diffusion,
+            latents,
+            scale,
+            condition_NF,
+            self.train.names,
+            seed=self.recipe.seed,
+            device=self.device,
+            precision=self.precision,
+        )
+        stage.sample_preview = LatentDiffusion(self._description(latents, scale, {}), autoencoder, stage.unet)
+        summary = self._run(stage, minutes)
+        training = {
+            "recipe": self.recipe.name,
+            "seed": self.recipe.seed,
+            "cohort": self.cohort.name,
+            "training_images": len(self.train),
+            "validation_images": len(self.validation),
+            "perceptual": perceptual.NAME if self.recipe.autoencoder.perceptual_weight > 0 else "none",
+            "autoencoder": autoencoder_summary,
+            "diffusion": summary,
+            "precision": self.precision,
+            "versions": {"brainldm": brainldm.__version__, "torch": torch.__version__},
+        }
+        model = LatentDiffusion(self._description(latents, scale, training), autoencoder, stage.trained_unet())
+        save_model(self.out / "model", model)
+        return summary
+
+    def _description(self, latents: Latents, scale: float, training: dict[str, Any]) -> LatentDiffusionDescription:
+        diffusion = self.recipe.diffusion
+        net = unet_config(diffusion, latents.mean_NCXYZ.shape[1])
+        _, c, x, y, z = latents.mean_NCXYZ.shape
+        return LatentDiffusionDescription(
+            name=f"{self.cohort.name}-{self.recipe.name}",
+            autoencoder=AutoencoderDescription(**_fields(self.recipe.autoencoder.net, AutoencoderDescription)),
+            unet=UNetDescription(**_fields(net, UNetDescription)),
+            schedule=ScheduleDescription(
+                beta_start=diffusion.beta_start, beta_end=diffusion.beta_end, steps=diffusion.schedule_steps
+            ),
+            target=diffusion.target,
+            latent=LatentDescription(
+                shape_CXYZ=(c, x, y, z),
+                scale=scale,
+                channel_mean=latents.channel_mean,
+                channel_std=latents.channel_std,
+            ),
+            covariates=CovariatesDescription(
+                ranges=self.ranges.to_json(),
+                joint=CovariateModel.fitted(self.train.covariates).to_json(),
+            ),
+            grid=GridDescription.of(self.cohort.grid),
+            preprocessing=dict(self.cohort.preprocessing),
+            training=training,
+            licence=self.cohort.licence,
+            weights={},
+        )
+
+
+def _fields(config: Any, description: type) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in description.model_fields}  # type: ignore[attr-defined]
+
+
+def _latents_key(autoencoder: Autoencoder, cohort: PreparedCohort) -> str:
+    digest = hashlib.sha256(cohort.digest.encode())
+    for name, tensor in sorted(autoencoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _differences(recorded: Any, wanted: Any, where: str = "") -> list[str]:
+    """Which fields of two run descriptions differ, with both values. The number of steps may grow, so it is left out;
+    JSON knows no tuples, so lists and tuples are one."""
+    if isinstance(wanted, dict) and isinstance(recorded, dict):
+        keys = [key for key in wanted if key != "steps"]
+        return [
+            text for key in keys for text in _differences(recorded.get(key), wanted[key], f"{where}.{key}".lstrip("."))
+        ]
+    if isinstance(wanted, tuple | list) and isinstance(recorded, list):
+        wanted = list(wanted)
+    return [] if recorded == wanted else [f"{where}: {recorded!r} there, {wanted!r} now"]

@@ -1,0 +1,251 @@
+"""Same row, same brain; nothing half-written counts; the same command finishes the work."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from brainldm.base.covariates import Covariates
+from brainldm.base.errors import BadInput, PartialFailure, UsageError
+from brainldm.base.files import sha256_of
+from brainldm.base.manifest import Manifest
+from brainldm.base.nifti import read_nifti
+from brainldm.base.tables import read_table
+from brainldm.generate import run as generation
+from brainldm.generate.dataset import image_name
+from brainldm.generate.plan import PlanRow, Sweep, make_plan, read_plan, write_plan
+from brainldm.generate.run import GenerateSettings, generate, row_noise
+from brainldm.model.folder import load_model
+from brainldm.model.latent_diffusion import LatentDiffusion
+
+FAST = GenerateSettings(steps=3, batch=2)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_run: Path) -> LatentDiffusion:
+    return load_model(tiny_run)
+
+
+def plan_of(model: LatentDiffusion, n: int, **asked: Sweep) -> list[PlanRow]:
+    return make_plan(asked, n=n, seed=0, ranges=model.ranges, joint=model.joint)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: sha256_of(path) for path in sorted(folder.glob("sub-*/anat/*.nii.gz"))}
+
+
+# ---- the plan
+
+
+def test_rows_do_not_depend_on_how_many_there_are(model: LatentDiffusion) -> None:
+    assert plan_of(model, 20)[:5] == plan_of(model, 5)
+
+
+def test_fixed_and_swept_covariates_are_held(model: LatentDiffusion) -> None:
+    low, high = model.ranges.low[1], model.ranges.high[1]
+    rows = plan_of(model, 8, sex=Sweep(0, 1, 2), age_years=Sweep(low, high, 4))
+    assert [(row.covariates.sex, row.covariates.age_years) for row in rows] == [
+        (sex, pytest.approx(age)) for sex in (0, 1) for age in np.linspace(low, high, 4)
+    ]
+    assert len({row.covariates.ventricles_mm3 for row in rows}) == 8
+    assert all(all(model.ranges.inside(row.covariates).values()) for row in rows)
+
+
+def test_outside_the_training_range_is_refused_or_marked(model: LatentDiffusion) -> None:
+    asked = {"age_years": Sweep(120, 120, 1)}
+    with pytest.raises(UsageError, match=r"age_years 120 is outside .*--allow-extrapolation"):
+        make_plan(asked, n=2, seed=0, ranges=model.ranges, joint=model.joint)
+    rows = make_plan(asked, n=2, seed=0, ranges=model.ranges, joint=model.joint, allow_extrapolation=True)
+    assert [row.extrapolated for row in rows] == [("age_years",)] * 2
+
+
+def test_plan_survives_its_table(model: LatentDiffusion, tmp_path: Path) -> None:
+    rows = plan_of(model, 5)
+    write_plan(tmp_path / "plan.tsv", rows)
+    assert read_plan(tmp_path / "plan.tsv") == rows
+
+
+def test_faults_of_a_plan_are_located(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.tsv"
+    plan.write_text("sex\tage_years\tventricles_mm3\tbrain_mm3\nF\t61,5\t3e4\t1.4e6\n")
+    with pytest.raises(BadInput, match=r"line 2, column 'age_years': '61,5' is not a number"):
+        read_plan(plan)
+    plan.write_text("sex\tage_years\tventricles_mm3\nF\t61\t3e4\n")
+    with pytest.raises(BadInput, match="no column 'brain_mm3'"):
+        read_plan(plan)
+    plan.write_text("index\tsex\tage_years\tventricles_mm3\tbrain_mm3\n1\tF\t61\t3e4\t1e6\n")
+    with pytest.raises(BadInput, match="must be 0"):
+        read_plan(plan)
+
+
+# ---- the brains
+
+
+def test_same_row_same_brain_whatever_batch_or_company(model: LatentDiffusion) -> None:
+    people = [row.covariates for row in plan_of(model, 4)]
+    together = model.sample(people, [row_noise(0, i) for i in range(4)], steps=3)
+    alone = model.sample(people[2:3], [row_noise(0, 2)], steps=3)
+    assert np.allclose(together[2], alone[0], atol=1e-4)
+    other_seed = model.sample(people[2:3], [row_noise(1, 2)], steps=3)
+    assert not np.allclose(alone, other_seed, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddim-original", "ddpm"])
+def test_every_sampler_gives_finite_brains(model: LatentDiffusion, sampler: str) -> None:
+    steps = None if sampler == "ddpm" else 3
+    images = model.sample([Covariates(0, 60.0, 3e4, 1.45e6)], [row_noise(0, 0)], sampler=sampler, steps=steps)
+    assert np.isfinite(images).all()
+
+
+def test_dataset_is_whole_and_described(model: LatentDiffusion, tmp_path: Path) -> None:
+    rows = plan_of(model, 3)
+    summary = generate(model, tmp_path / "out", rows, FAST)
+    assert (summary.made, summary.were_there) == (3, 0)
+    records = Manifest(tmp_path / "out" / "manifest.jsonl").proven(tmp_path / "out", full=True)
+    assert sorted(records) == [0, 1, 2]
+    volume = read_nifti(tmp_path / "out" / image_name(rows[0]))
+    assert np.allclose(volume.affine, model.grid.affine, atol=1e-4)
+    assert 0 <= volume.data_XYZ.min() < volume.data_XYZ.max() <= 1
+    table = read_table(tmp_path / "out" / "participants.tsv")
+    assert table.number(1, "ventricular_volume") == rows[1].covariates.ventricles_mm3
+    sidecar = json.loads((tmp_path / "out" / "space-MNI152rigid_desc-synth_T1w.json").read_text())
+    assert sidecar["SyntheticData"] is True
+
+
+def test_bids_validator_finds_no_error(model: LatentDiffusion, tmp_path: Path) -> None:
+    validator = shutil.which("bids-validator-deno", path=str(Path(sys.executable).parent))
+    if validator is None:
+        pytest.skip("bids-validator-deno is not installed (pip install brainldm[bids])")
+    generate(model, tmp_path / "out", plan_of(model, 3), FAST)
+    command = [validator, str(tmp_path / "out"), "--max-rows", "-1", "--format", "json"]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    issues = json.loads(result.stdout)["issues"]["issues"]
+    assert [issue for issue in issues if issue["severity"] == "error"] == []
+
+
+def test_same_command_finishes_what_is_missing(model: LatentDiffusion, tmp_path: Path) -> None:
+    rows = plan_of(model, 5)
+    generate(model, tmp_path / "whole", rows, FAST)
+    generate(model, tmp_path / "again", rows, FAST)
+    lost = tmp_path / "again" / image_name(rows[3])
+    lost.unlink()
+    summary = generate(model, tmp_path / "again", rows, FAST)
+    assert (summary.made, summary.were_there) == (1, 4)
+    assert hashes(tmp_path / "again") == hashes(tmp_path / "whole")
+    assert len(hashes(tmp_path / "whole")) == 5
+
+
+GENERATE_AND_DIE = """
+import os, signal, sys
+from pathlib import Path
+import brainldm.base.files as files
+from brainldm.generate.plan import make_plan
+from brainldm.generate.run import GenerateSettings, generate
+from brainldm.model.folder import load_model
+calls = 0
+whole = files.os.fsync
+def dying_fsync(handle):
+    global calls
+    calls += 1
+    if calls == {die_at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(handle)
+files.os.fsync = dying_fsync
+model = load_model(Path({run!r}))
+rows = make_plan({{}}, n=5, seed=0, ranges=model.ranges, joint=model.joint)
+generate(model, Path({out!r}), rows, GenerateSettings(steps=3, batch=2))
+"""
+
+
+@pytest.mark.parametrize("die_at", [3, 19, 21, 26])
+def test_killed_and_run_again_gives_the_same_files(
+    model: LatentDiffusion, tiny_run: Path, tmp_path: Path, die_at: int
+) -> None:
+    out = tmp_path / "out"
+    script = GENERATE_AND_DIE.format(die_at=die_at, run=str(tiny_run), out=str(out))
+    died = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, timeout=120)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()[-2000:]
+    rows = plan_of(model, 5)
+    generate(model, tmp_path / "whole", rows, FAST)
+    generate(model, out, rows, FAST)
+    assert hashes(out) == hashes(tmp_path / "whole")
+    assert sorted(Manifest(out / "manifest.jsonl").proven(out, full=True)) == [0, 1, 2, 3, 4]
+    assert not list(out.rglob(".part-*"))
+
+
+def test_another_dataset_in_the_folder_is_refused(model: LatentDiffusion, tmp_path: Path) -> None:
+    generate(model, tmp_path / "out", plan_of(model, 2), FAST)
+    with pytest.raises(UsageError, match="seed: 0 there, 5 now"):
+        generate(model, tmp_path / "out", plan_of(model, 2), GenerateSettings(steps=3, batch=2, seed=5))
+    other = [PlanRow(row.index, Covariates(0, 60.0, 3e4, 1.45e6)) for row in plan_of(model, 2)]
+    with pytest.raises(UsageError, match="other covariates"):
+        generate(model, tmp_path / "out", other, FAST)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.doc").touch()
+    with pytest.raises(UsageError, match="not empty"):
+        generate(model, tmp_path / "foreign", plan_of(model, 2), FAST)
+
+
+def test_unsound_brains_are_drawn_again_and_counted(
+    model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row 1's first draw is empty; row 2 never gives a brain and is listed while the rest is done."""
+    rows = plan_of(model, 4)
+    seen: dict[float, int] = {}
+    honest = LatentDiffusion.sample
+
+    def faulty(self, covariates, noise, **options):  # type: ignore[no-untyped-def]
+        images = honest(self, covariates, noise, **options)
+        for position, person in enumerate(covariates):
+            seen[person.age_years] = seen.get(person.age_years, 0) + 1
+            if person == rows[2].covariates or (person == rows[1].covariates and seen[person.age_years] == 1):
+                images[position] = np.nan if person == rows[2].covariates else 0.0
+        return images
+
+    monkeypatch.setattr(LatentDiffusion, "sample", faulty)
+    with pytest.raises(PartialFailure, match="1 of 4"):
+        generate(model, tmp_path / "out", rows, FAST)
+    failures = read_table(tmp_path / "out" / "failures.tsv")
+    assert failures.rows[0]["participant_id"] == "sub-000002"
+    records = Manifest(tmp_path / "out" / "manifest.jsonl").proven(tmp_path / "out")
+    assert {index: record["attempt"] for index, record in records.items()} == {0: 0, 1: 1, 3: 0}
+
+
+def test_sound_means_finite_bright_and_not_flat() -> None:
+    shape = (8, 8, 8)
+    good = np.linspace(0, 1, 512).reshape(shape)
+    assert generation.is_sound(good)
+    for bad in (np.zeros(shape), np.full(shape, 0.7), np.where(good > 0.99, np.nan, good)):
+        assert not generation.is_sound(bad)
+
+
+def test_disk_full_is_an_environment_problem(model: LatentDiffusion, tmp_path: Path) -> None:
+    """Writes into a file system of 200 kB, when this user may mount one."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(mount)], check=False, capture_output=True
+        ).returncode
+    ):
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        from brainldm.base.errors import EnvironmentProblem
+
+        rows = plan_of(model, 40)
+        with pytest.raises(EnvironmentProblem, match="disk is full"):
+            generate(model, mount / "out", rows, GenerateSettings(steps=1, batch=8, dtype="float32"))
+        assert not list(mount.rglob(".part-*"))
+        proven = Manifest(mount / "out" / "manifest.jsonl").proven(mount / "out", full=True)
+        assert len(proven) == len(list(mount.rglob("*.nii.gz")))
+    finally:
+        subprocess.run(["umount", str(mount)], check=False)

@@ -1,0 +1,179 @@
+"""A training that was killed and resumed is the one that never stopped."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from brainldm.base.errors import BadInput, UsageError
+from brainldm.base.files import sha256_of
+from brainldm.model.folder import load_model
+from brainldm.train.checkpoint import Checkpoint, load_newest, save_checkpoint
+from brainldm.train.loop import run_stage
+from brainldm.train.run import train
+from conftest import tiny_recipe
+
+WEIGHTS = ("model/autoencoder.safetensors", "model/unet.safetensors", "autoencoder/log.jsonl", "diffusion/log.jsonl")
+
+
+def fingerprints(run: Path) -> dict[str, str]:
+    return {name: sha256_of(run / name) for name in WEIGHTS}
+
+
+def test_two_runs_of_one_recipe_are_equal_to_the_bit(tiny_run: Path, tiny_cohort: Path, tmp_path: Path) -> None:
+    train(tiny_recipe(), tiny_cohort, tmp_path / "again")
+    assert fingerprints(tmp_path / "again") == fingerprints(tiny_run)
+
+
+def test_another_seed_is_another_run(tiny_run: Path, tiny_cohort: Path, tmp_path: Path) -> None:
+    train(tiny_recipe(seed=1), tiny_cohort, tmp_path / "other")
+    assert (
+        fingerprints(tmp_path / "other")["model/unet.safetensors"] != fingerprints(tiny_run)["model/unet.safetensors"]
+    )
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 5])
+def test_stopped_and_resumed_equals_unbroken(
+    tiny_run: Path, tiny_cohort: Path, tmp_path: Path, stop_after: int
+) -> None:
+    """Stops both stages early (the adversarial term starts at step 2), then goes on to the end."""
+    train(tiny_recipe(), tiny_cohort, tmp_path, stage="autoencoder", steps=stop_after)
+    train(tiny_recipe(), tiny_cohort, tmp_path, stage="autoencoder")
+    train(tiny_recipe(), tiny_cohort, tmp_path, stage="diffusion", steps=stop_after)
+    train(tiny_recipe(), tiny_cohort, tmp_path)
+    assert fingerprints(tmp_path) == fingerprints(tiny_run)
+
+
+RUN_AND_DIE = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from conftest import tiny_recipe
+from pathlib import Path
+from dataclasses import replace
+import brainldm.train.loop as loop, brainldm.train.checkpoint as checkpoint, brainldm.base.files as files
+from brainldm.train.run import train
+loop.FIRST_CHECKPOINT_SECONDS = 0.0
+saves = 0
+whole = files.os.fsync
+def dying_fsync(handle):
+    global saves
+    saves += 1
+    if saves == {die_at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(handle)
+files.os.fsync = dying_fsync
+train(replace(tiny_recipe(), checkpoint_minutes=0.0), Path({cohort!r}), Path({out!r}))
+"""
+
+
+@pytest.mark.parametrize("die_at", [9, 16, 30])
+def test_killed_in_the_middle_of_a_write_then_resumed(
+    tiny_cohort: Path, tmp_path: Path, tiny_run: Path, die_at: int
+) -> None:
+    """SIGKILL at some fsync, so during the write of a checkpoint, a manifest line or a summary."""
+    script = RUN_AND_DIE.format(
+        tests=str(Path(__file__).parent), die_at=die_at, cohort=str(tiny_cohort), out=str(tmp_path / "run")
+    )
+    died = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, timeout=240)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()[-2000:]
+    recipe = tiny_recipe(checkpoint_minutes=0.0)
+    train(recipe, tiny_cohort, tmp_path / "run")
+    assert fingerprints(tmp_path / "run") == fingerprints(tiny_run)
+    assert not list((tmp_path / "run").rglob(".part-*"))
+
+
+def test_sigterm_saves_and_exits_143(tiny_cohort: Path, tmp_path: Path) -> None:
+    script = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import brainldm.recipes as recipes, brainldm.cli as cli
+from conftest import tiny_recipe
+recipes.recipe_named = lambda name: tiny_recipe()
+sys.argv = ["brainldm", "train", "tiny", "--data", {str(tiny_cohort)!r}]
+sys.argv += ["--out", {str(tmp_path / "run")!r}, "--steps", "100000"]
+cli.main()
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE)
+    log = tmp_path / "run" / "autoencoder" / "timing.jsonl"
+    deadline = time.monotonic() + 120
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors.decode()[-2000:]
+    assert b"the state is saved" in errors
+    checkpoint = load_newest(tmp_path / "run" / "autoencoder" / "checkpoints", warn=pytest.fail)
+    assert checkpoint is not None
+    assert checkpoint.step > 0
+
+
+def test_damaged_newest_checkpoint_falls_back_with_a_warning(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, Checkpoint(step, 1.0, {"w": torch.full((3,), float(step))}, {}))
+    assert len(list(tmp_path.glob("step-*"))) == 2
+    newest = tmp_path / "step-00000003.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"\xff")
+    warnings: list[str] = []
+    found = load_newest(tmp_path, warn=warnings.append)
+    assert found is not None
+    assert found.step == 2
+    assert found.tensors["w"].tolist() == [2.0] * 3
+    assert "step-00000003" in warnings[0]
+    (tmp_path / "step-00000002.safetensors").write_bytes(b"")
+    with pytest.raises(BadInput, match="every checkpoint"):
+        load_newest(tmp_path, warn=warnings.append)
+
+
+class LossGoesWrong:
+    """A stage whose third step is not a number."""
+
+    name, steps = "wrong", 5
+
+    def step(self, step: int) -> dict[str, float]:
+        return {"loss": float("nan") if step == 2 else 1.0}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"w": torch.zeros(1)}
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None: ...
+
+    def batch_names(self, step: int) -> list[str]:
+        return ["sub-culprit"]
+
+    def preview(self, path: Path) -> None: ...
+
+
+def test_loss_that_is_not_finite_stops_and_names_the_scan(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"step 3 .*sub-culprit"):
+        run_stage(LossGoesWrong(), tmp_path)
+    kept = json.loads((tmp_path / "not_finite.json").read_text())
+    assert kept["participants"] == ["sub-culprit"]
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] in ([], [1, 2])
+
+
+def test_another_recipe_in_the_same_folder_is_refused_by_field(tiny_run: Path, tiny_cohort: Path) -> None:
+    with pytest.raises(UsageError, match=r"recipe\.seed: 0 there, 7 now"):
+        train(tiny_recipe(seed=7), tiny_cohort, tiny_run)
+
+
+def test_minutes_bound_the_time(tiny_cohort: Path, tmp_path: Path) -> None:
+    begun = time.monotonic()
+    train(tiny_recipe(), tiny_cohort, tmp_path / "run", steps=10**6, minutes=0.05)
+    assert time.monotonic() - begun < 60
+    assert load_model(tmp_path / "run").description.training["diffusion"]["steps"] < 10**6
+
+
+def test_average_follows_the_weights(tiny_run: Path) -> None:
+    newest = sorted((tiny_run / "diffusion" / "checkpoints").glob("step-*"))[-1]
+    tensors = load_file(newest)
+    name = "conv_in.conv.weight"
+    assert torch.equal(tensors[f"average/{name}"], load_file(tiny_run / "model" / "unet.safetensors")[name])
+    assert not torch.equal(tensors[f"average/{name}"], tensors[f"unet/{name}"])
