@@ -40,7 +40,7 @@ class Manifest:
         if not self.path.exists():
             return []
         records = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in self.path.read_bytes().decode("utf-8", errors="replace").split("\n"):
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:

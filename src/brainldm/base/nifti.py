@@ -65,7 +65,7 @@ def read_nifti(
         ) from error
     raw = _three_dimensional(path, raw, volume_index)
     data_XYZ, value_notes = _usable_values(path, raw, nan)
-    affine = image.affine.astype(np.float64) @ np.eye(4)
+    affine = np.array(image.affine, dtype=np.float64)
     unit = _UNIT_IN_MM.get(int(header["xyzt_units"]) & 7, 1.0)
     if unit != 1.0:
         affine[:3] *= unit
@@ -223,7 +223,7 @@ def _header_notes(path: Path, header: np.ndarray, assume_orientation: bool) -> l
             apart_mm = _apart_mm(nifti_header.get_sform(), nifti_header.get_qform())
         except Exception:
             apart_mm = np.inf  # a quaternion that is not one
-        if apart_mm > 1.0:
+        if not apart_mm <= 1.0:  # NaN is no agreement
             notes.append("sform and qform disagree by more than 1 mm; the sform was used")
     slope = float(header["scl_slope"])
     if slope == 0 or not np.isfinite(slope):
@@ -241,7 +241,8 @@ def _endianness(header: np.ndarray) -> str:
 def _apart_mm(first: np.ndarray, second: np.ndarray) -> float:
     """The largest distance between where two affines put the corners of a head-sized cube."""
     corners = np.array(np.meshgrid([0, 100], [0, 100], [0, 100])).reshape(3, -1)
-    moved = (first[:3, :3] - second[:3, :3]) @ corners + (first[:3, 3] - second[:3, 3])[:, None]
+    with np.errstate(invalid="ignore", over="ignore"):
+        moved = (first[:3, :3] - second[:3, :3]) @ corners + (first[:3, 3] - second[:3, 3])[:, None]
     return float(np.sqrt((moved**2).sum(axis=0)).max())
 
 

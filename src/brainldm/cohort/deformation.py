@@ -2,124 +2,170 @@
 
 Three maps follow one another, from a point of the person to the point of the anatomy whose tissue is found there:
 
-    person --size, shape--> unfolded head --sulcal flow--> --ventricular flow--> anatomy
+    person --size, shape--> anatomy's head --sulcal flow--> --ventricular flow--> anatomy
 
-The gains of the last two are found by root finding on the volumes they give, and vary slowly over the head,
-differently left and right.
+The gains of the two flows are found by root finding on the volumes they give; they vary slowly over the head,
+differently left and right. Everything is solved on one 2 mm lattice, so that a person is the same on every grid.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.ndimage as ndi
 from scipy.optimize import brentq
 
 from brainldm.base.streams import stream
 from brainldm.base.volume import GRIDS, Grid
-from brainldm.cohort.flow import LATTICE_MM, Fields, Ladder, exponential, indices, sample
+from brainldm.cohort.flow import Fields, Ladder, exponential, sample, smooth_field
 from brainldm.cohort.population import Person
 
-SHAPE_LATTICE_MM = 4.0
+LATTICE = GRIDS["2mm"]
+MARGIN_MM = 14.0  # how far outside the anatomy's head a point of the person's can come from
+
 
 @dataclass(frozen=True)
 class Shape:
-    """How much people differ beyond the volumes. Sigmas are of Gaussian smoothing, sizes are standard deviations."""
+    """How much people differ beyond their volumes. Scales are sigmas of Gaussian smoothing; the rest are s.d."""
 
-    # Two scales; together they move the head's points by 3-6 mm.
+    # Two scales of random velocity; together they move most of the head by 2-6 mm.
     scales_mm: tuple[float, ...] = (20.0, 12.0)
     sizes_mm: tuple[float, ...] = (2.0, 1.2)
-    aspect: float = 0.025  # length : width : height
+    aspect: float = 0.025  # each of length, width, height, as a fraction
     gain_scale_mm: float = 30.0
-    sulcal_gain_spread: float = 0.2
-    ventricular_gain_spread: float = 0.15
+    sulcal_unevenness: float = 0.2
+    ventricular_unevenness: float = 0.15
 
 
 @dataclass(frozen=True)
 class Deformation:
-    """Where in the anatomy each point of a person's head comes from, on the 2 mm grid of the paper's box.
+    """From where in the anatomy the tissue at each point of the 2 mm lattice comes.
 
-    `displacement_CXYZ` (mm) is added to `affine_points`; `head_depth_XYZ` (mm) is positive inside the person's head.
+    A point goes to centre + (point - centre) / stretch + displacement. `head_depth_XYZ` is in mm, positive inside the
+    person's head; where it is below -MARGIN_MM the displacement is 0 and means nothing.
     """
 
-    person: Person
-    fields: Fields
     centre_mm: np.ndarray
-    stretch: np.ndarray  # template mm = centre + (person mm - centre) / stretch
+    stretch: np.ndarray
     displacement_CXYZ: np.ndarray
     head_depth_XYZ: np.ndarray
     ventricular_gain: float
     sulcal_gain: float
 
 
-def deform(
-    person: Person, fields: Fields, seed: int, index: int, shape: Shape | None = None
-) -> Deformation:
-    """The deformation that gives `person` their head, ventricular and brain volume, with a shape of their own."""
+def deform(person: Person, fields: Fields, seed: int, index: int, shape: Shape | None = None) -> Deformation:
+    """The deformation that gives `person` their volumes, and a shape that belongs to (seed, index)."""
     shape = shape or Shape()
     draws = stream(seed, "phantom shape", index)
-    aspect = draws.standard_normal(3) * shape.aspect
-    shape_grid = _coarser(fields.grid, SHAPE_LATTICE_MM)
-    backward_CXYZ = _random_shape(draws, shape, shape_grid, fields)
+    shape_grid = _coarser(fields.grid, 4.0)
+    shape_CXYZ = _random_shape(draws, shape, shape_grid, fields)
     gain_grid = _coarser(fields.grid, 8.0)
-    uneven_sulci, uneven_ventricles = (
-        1 + spread * smooth_field(draws, gain_grid.shape_XYZ, shape.gain_scale_mm / gain_grid.voxel_mm)
-        for spread in (shape.sulcal_gain_spread, shape.ventricular_gain_spread)
-    )
-    stretch = np.exp(aspect - aspect.mean())
-    stretch *= (person.head_mm3 / _head_mm3(fields, shape_grid, backward_CXYZ)) ** (1 / 3)
-    centre = np.array(ndi.center_of_mass(fields.head_depth_XYZ > 0)) * fields.grid.voxel_mm + fields.grid.origin_mm
+    gain_sigma = shape.gain_scale_mm / gain_grid.voxel_mm
+    uneven_sulci = 1 + shape.sulcal_unevenness * smooth_field(draws, gain_grid.shape_XYZ, gain_sigma)
+    uneven_ventricles = 1 + shape.ventricular_unevenness * smooth_field(draws, gain_grid.shape_XYZ, gain_sigma)
 
-    box = GRIDS["2mm"]
-    affine_points = _affine_points(box, centre, stretch)
-    near = np.flatnonzero(sample_nearest(fields.head_depth_XYZ, fields.grid, affine_points, -99.0) > -14)
-    unfolded = affine_points[:, near]
-    unfolded = unfolded + np.stack([sample(c, shape_grid, unfolded) for c in backward_CXYZ])
-    depth = sample(fields.head_depth_XYZ, fields.grid, unfolded, -99.0)
-    stretch_of = float(stretch.prod()) ** (1 / 3)
-    fraction_inside = np.clip(depth * stretch_of / LATTICE_MM + 0.5, 0, 1)
+    # Size: the head's volume, shared out over the axes unevenly.
+    aspect = draws.standard_normal(3) * shape.aspect
+    own_size_mm3 = _head_mm3(fields, shape_grid, shape_CXYZ)
+    stretch = np.exp(aspect - aspect.mean()) * (person.head_mm3 / own_size_mm3) ** (1 / 3)
+    mean_stretch = float(stretch.prod() ** (1 / 3))
+    affine_3N = points_of(LATTICE, fields.centre_mm, stretch)
 
-    voxel_mm3 = box.voxel_mm3
-    sulcal_unevenness = sample(uneven_sulci, gain_grid, unfolded, 1.0)
+    # Shape: only points in and around the head are followed from here on.
+    near = np.flatnonzero(sample(fields.head_depth_XYZ, fields.grid, affine_3N, -99.0) > -MARGIN_MM)
+    head_3N = _displaced(affine_3N[:, near], shape_grid, shape_CXYZ)
+    depth_mm = mean_stretch * sample(fields.head_depth_XYZ, fields.grid, head_3N, -99.0)
+    inside = np.clip(depth_mm / LATTICE.voxel_mm + 0.5, 0, 1)
+    sulcal_share = sample(uneven_sulci, gain_grid, head_3N, 1.0)
 
-    def through(points_3N: np.ndarray, sulcal_unevenness: np.ndarray, sulcal: float, ventricular: float) -> np.ndarray:
-        middle = fields.sulcal.move(points_3N, sulcal * sulcal_unevenness)
-        uneven = sample(uneven_ventricles, gain_grid, middle, 1.0)
-        return fields.ventricular.move(middle, ventricular * uneven)
+    def follow(which: np.ndarray | slice, sulcal_gain: float, ventricular_gain: float) -> np.ndarray:
+        between_3N = fields.sulcal.move(head_3N[:, which], sulcal_gain * sulcal_share[which])
+        ventricular_share = sample(uneven_ventricles, gain_grid, between_3N, 1.0)
+        return fields.ventricular.move(between_3N, ventricular_gain * ventricular_share)
 
-    # The sulcal field leaves the ventricles alone, so one gain is found after the other.
-    central = np.flatnonzero(sample(fields.ventricle_distance_XYZ, fields.grid, unfolded, 99.0) < 24)
-    central_points, central_unevenness = unfolded[:, central], sulcal_unevenness[central]
+    # Volumes. The sulcal flow spares the ventricles' surroundings, so one gain can be found after the other.
+    central = np.flatnonzero(sample(fields.ventricle_distance_XYZ, fields.grid, head_3N, 99.0) < 25)
 
     def ventricles_mm3(gain: float) -> float:
-        points = through(central_points, central_unevenness, 2.0, gain)
-        return float(sample(fields.anatomy.ventricles_XYZ, fields.anatomy.grid, points).sum()) * voxel_mm3
+        at_3N = follow(central, 1.5, gain)
+        soft = sample(fields.anatomy.ventricles_XYZ, fields.anatomy.grid, at_3N)
+        return float(soft.sum(dtype=np.float64)) * LATTICE.voxel_mm3
 
-    ventricular_gain = _gain_for(ventricles_mm3, person.ventricles_mm3, fields.ventricular)
-    # Every eighth point (both lattices interleave evenly) is enough for the brain's volume.
-    few = _every_other(box, near)
-    few_points, few_unevenness = unfolded[:, few], sulcal_unevenness[few]
-    head_points = float(fraction_inside[few].sum())
+    ventricular_gain = _gain_for(person.ventricles_mm3, ventricles_mm3, fields.ventricular)
+    few = _every_other(near)  # along each axis: 4 mm apart is enough for a volume as large as the brain's
 
     def brain_fraction(gain: float) -> float:
-        points = through(few_points, few_unevenness, gain, ventricular_gain)
-        tissue = sample(fields.tissue_XYZ, fields.grid, points)
-        return float(np.minimum(tissue, fraction_inside[few]).sum()) / head_points
+        tissue = sample(fields.tissue_XYZ, fields.grid, follow(few, gain, ventricular_gain))
+        return float(np.minimum(tissue, inside[few]).sum(dtype=np.float64) / inside[few].sum(dtype=np.float64))
 
-    sulcal_gain = _gain_for(brain_fraction, person.brain_fraction, fields.sulcal)
-    came_from = through(unfolded, sulcal_unevenness, sulcal_gain, ventricular_gain)
-    displacement = np.zeros((3, affine_points.shape[1]), np.float32)
-    displacement[:, near] = came_from - affine_points[:, near]
-    head_depth = np.full(affine_points.shape[1], -99, np.float32)
-    head_depth[near] = depth * stretch_of
+    sulcal_gain = _gain_for(person.brain_fraction, brain_fraction, fields.sulcal)
+
+    displacement = np.zeros((3, affine_3N.shape[1]), np.float32)
+    displacement[:, near] = follow(slice(None), sulcal_gain, ventricular_gain) - affine_3N[:, near]
+    head_depth = np.full(affine_3N.shape[1], -99, np.float32)
+    head_depth[near] = depth_mm
     return Deformation(
-        person,
-        fields,
-        centre,
+        fields.centre_mm,
         stretch,
-        displacement.reshape(3, *box.shape_XYZ),
-        head_depth.reshape(box.shape_XYZ),
+        displacement.reshape(3, *LATTICE.shape_XYZ),
+        head_depth.reshape(LATTICE.shape_XYZ),
         ventricular_gain,
         sulcal_gain,
     )
+
+
+def points_of(grid: Grid, centre_mm: np.ndarray, stretch: np.ndarray) -> np.ndarray:
+    """Where the grid's voxels lie in the anatomy when only the head's size is undone: (3, N) mm, in C order."""
+    axes = [
+        (centre + (origin + grid.voxel_mm * np.arange(n) - centre) / s).astype(np.float32)
+        for n, origin, centre, s in zip(grid.shape_XYZ, grid.origin_mm, centre_mm, stretch)
+    ]
+    return np.stack(np.meshgrid(*axes, indexing="ij")).reshape(3, -1)
+
+
+def _coarser(grid: Grid, voxel_mm: float) -> Grid:
+    """A grid of larger voxels from the same corner, reaching at least as far."""
+    x, y, z = (int(np.ceil((n - 1) * grid.voxel_mm / voxel_mm)) + 1 for n in grid.shape_XYZ)
+    return Grid(grid.name, (x, y, z), voxel_mm, grid.origin_mm)
+
+
+def _random_shape(draws: np.random.Generator, shape: Shape, grid: Grid, fields: Fields) -> np.ndarray:
+    """The displacement of a random smooth flow that leaves the head, on the whole, where it is."""
+    velocity = np.zeros((3, *grid.shape_XYZ), np.float32)
+    for scale_mm, size_mm in zip(shape.scales_mm, shape.sizes_mm):
+        for component in velocity:
+            component += size_mm * smooth_field(draws, grid.shape_XYZ, scale_mm / grid.voxel_mm)
+    in_head = _head_fraction(fields, grid, np.zeros_like(velocity))
+    mean_velocity = (velocity * in_head).sum(axis=(1, 2, 3)) / in_head.sum()
+    return exponential(velocity - mean_velocity[:, None, None, None], grid)
+
+
+def _head_fraction(fields: Fields, grid: Grid, displacement_CXYZ: np.ndarray) -> np.ndarray:
+    """How much of each voxel of `grid` lies in the displaced head."""
+    points = points_of(grid, fields.centre_mm, np.ones(3)) + displacement_CXYZ.reshape(3, -1)
+    depth = sample(fields.head_depth_XYZ, fields.grid, points, -99.0)
+    return np.clip(depth / grid.voxel_mm + 0.5, 0, 1).reshape(grid.shape_XYZ)
+
+
+def _head_mm3(fields: Fields, grid: Grid, displacement_CXYZ: np.ndarray) -> float:
+    return float(_head_fraction(fields, grid, displacement_CXYZ).sum(dtype=np.float64)) * grid.voxel_mm3
+
+
+def _displaced(points_3N: np.ndarray, grid: Grid, displacement_CXYZ: np.ndarray) -> np.ndarray:
+    return points_3N + np.stack([sample(component, grid, points_3N) for component in displacement_CXYZ])
+
+
+def _gain_for(target: float, volume_at: Callable[[float], float], ladder: Ladder) -> float:
+    """The gain at which `volume_at` (monotone) gives the target, or the end of the ladder that comes nearest."""
+    low, high = ladder.first_gain, ladder.last_gain
+    off_low, off_high = volume_at(low) - target, volume_at(high) - target
+    if off_low * off_high > 0:
+        return low if abs(off_low) < abs(off_high) else high
+    return float(brentq(lambda gain: volume_at(gain) - target, low, high, xtol=0.01))
+
+
+def _every_other(flat_indices: np.ndarray) -> np.ndarray:
+    """Positions in `flat_indices` of the lattice points whose three indices are all even."""
+    even = [i % 2 == 0 for i in np.unravel_index(flat_indices, LATTICE.shape_XYZ)]
+    return np.flatnonzero(even[0] & even[1] & even[2])

@@ -50,6 +50,7 @@ class Fields:
 
     anatomy: Anatomy
     grid: Grid
+    centre_mm: np.ndarray  # of the head
     head_depth_XYZ: np.ndarray  # mm inside the head's surface; negative outside
     ventricle_distance_XYZ: np.ndarray  # mm from the ventricles; negative inside
     tissue_XYZ: np.ndarray  # grey + white
@@ -72,9 +73,11 @@ def fields_of(anatomy: Anatomy) -> Fields:
     ventricular = _push(-ventricle_depth, reach_mm=18, smooth_mm=2.0) * inside
     # The walls of the ventricles belong to the other field.
     sulcal = _push(-csf_depth, reach_mm=5, smooth_mm=2.0) * (1 - np.exp(-((from_ventricles / 12) ** 2)))
+    centre_mm = np.argwhere(head_depth > 0).mean(axis=0) * grid.voxel_mm + grid.origin_mm
     return Fields(
         anatomy,
         grid,
+        centre_mm,
         head_depth,
         -ventricle_depth,
         _halved(anatomy.grey_XYZ + anatomy.white_XYZ),

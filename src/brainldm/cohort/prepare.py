@@ -7,6 +7,7 @@ added. The tables are written last, whole, from the manifest and the study's own
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -17,25 +18,25 @@ from pathlib import Path
 from typing import Any
 
 import brainldm
-from brainldm.base.covariates import CONTINUOUS, implausible
+from brainldm.base.covariates import implausible
 from brainldm.base.errors import BadInput, BrainldmError, EnvironmentProblem, PartialFailure, UsageError
 from brainldm.base.files import locked_folder, read_json, write_json, write_text
 from brainldm.base.manifest import Manifest
+from brainldm.base.pool import each_in_a_pool
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.volume import grid_named
 from brainldm.cohort.bids import Failure, Scan, Study, read_study
 from brainldm.cohort.cohort_tables import CohortPerson, write_cohort_tables
 from brainldm.cohort.dataset import FORMAT, KIND, grid_to_json, read_prepared_json
 from brainldm.cohort.measure import measured_from_tables
-from brainldm.cohort.pool import each_in_a_pool
 from brainldm.cohort.prepare_scan import PrepareConfig, ScanTask, prepare_scan
 from brainldm.cohort.split import assign_splits, moved_people
 
 __all__ = ["PrepareConfig", "PrepareSummary", "prepare_study"]
 
 _VOLUMES = ("ventricles_mm3", "brain_mm3")
-# File names hold the id twice over and a part prefix, and end at 255 bytes.
-_LONGEST_ID_BYTES = 180
+# A file name holds the id, the entities and, while it is written, a part prefix; it ends at 255 bytes.
+_LONGEST_ID_BYTES = 200
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,9 @@ def prepare_study(
     _check_places(bids, out)
     study = read_study(bids, masks=config.masks)
     volumes, failures = _known_volumes(study, config)
-    failures += study.failures
-    scans = [s for s in study.scans if s.participant_id not in {f.participant_id for f in failures}]
+    failures += study.failures + [f for f in map(_unusable_id, study.scans) if f]
+    failed_files = {f.file for f in failures}
+    scans = [s for s in study.scans if s.file not in failed_files]
     with locked_folder(out):
         earlier = _earlier_facts(out, study, config)
         facts = _facts(study, config, earlier)
@@ -93,13 +95,14 @@ def prepare_study(
         tasks, done = _what_is_missing(out, manifest, scans, config)
         progress.start("preparing scans", len(scans), len(done))
         newly_prepared = 0
-        for task, outcome in each_in_a_pool(prepare_scan, tasks, workers=workers):
-            if isinstance(outcome, Exception):
-                failures.append(_failure(task.scan, outcome, study.root))
-            else:
-                manifest.append(**outcome)
-                newly_prepared += 1
-            progress.advance(1, task.scan.participant_id)
+        with contextlib.closing(each_in_a_pool(prepare_scan, tasks, workers=workers)) as outcomes:
+            for task, outcome in outcomes:
+                if isinstance(outcome, Exception):
+                    failures.append(_failure(task.scan, outcome, study.root))
+                else:
+                    manifest.append(**outcome)
+                    newly_prepared += 1
+                progress.advance(1, task.scan.participant_id)
         records = list(_proven(out, manifest).values())
         _write_manifest(manifest, records)
         people = _people(scans, records, volumes)
@@ -137,6 +140,14 @@ def _check_places(bids: Path, out: Path) -> None:
             remedy="Choose an output folder of its own.",
             path=out,
         )
+
+
+def _unusable_id(scan: Scan) -> Failure | None:
+    name = scan.participant_id
+    if name == " ".join(name.split()) and name.isprintable() and len(name.encode()) <= _LONGEST_ID_BYTES:
+        return None
+    message = f"the id {name!r} cannot name files and rows of tables (control characters, or too long)."
+    return Failure(" ".join(name.split())[:60], scan.file, "bad_id", message, "Rename the folder and its scan.")
 
 
 def _known_volumes(study: Study, config: PrepareConfig) -> tuple[dict[str, dict[str, float]], list[Failure]]:
@@ -374,6 +385,3 @@ def _finish(
     write_json(out / "prepared.json", facts)
     flagged = sum(bool(p.flags) for p in people)
     return PrepareSummary(out, len(people), counts, tuple(failures), flagged, newly_prepared, time.monotonic() - begun)
-
-
-assert set(_VOLUMES) <= set(CONTINUOUS)

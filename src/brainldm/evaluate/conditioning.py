@@ -6,7 +6,7 @@ recorded values are known.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from brainldm.evaluate.estimate import Estimate, mean, pearson_r, straight_line
@@ -49,17 +49,24 @@ def agreement(asked: Sequence[float | None], measured: Sequence[float | None]) -
 
 
 @dataclass(frozen=True)
-class TrainingRange:
-    """The least and greatest value that a covariate has among the people a model was trained on."""
+class TrainingRanges:
+    """The least and greatest value of each covariate among the people a model was trained on."""
 
-    low: float
-    high: float
+    by_name: Mapping[str, tuple[float, float]]
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> TrainingRange | None:
-        return cls(min(values), max(values)) if values else None
+    def of(cls, people: Sequence[Mapping[str, float]]) -> TrainingRanges:
+        """The ranges of these people's covariates; a covariate that nobody has gets none."""
+        names = sorted({name for person in people for name in person})
+        known = {name: [person[name] for person in people if name in person] for name in names}
+        return cls({name: (min(values), max(values)) for name, values in known.items()})
 
-    def holds(self, value: float) -> bool:
-        # A value typed with fewer digits than the table holds is not an extrapolation.
-        slack = 1e-6 * max(abs(self.low), abs(self.high))
-        return self.low - slack <= value <= self.high + slack
+    def outside(self, covariates: Mapping[str, float]) -> tuple[str, ...]:
+        """The covariates that lie outside, as far as ranges are known."""
+        return tuple(name for name, value in covariates.items() if not self._holds(name, value))
+
+    def _holds(self, name: str, value: float) -> bool:
+        low, high = self.by_name.get(name, (value, value))
+        # A value written with fewer digits than the table holds is no extrapolation.
+        slack = 1e-6 * max(abs(low), abs(high))
+        return low - slack <= value <= high + slack

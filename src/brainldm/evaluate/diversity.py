@@ -168,9 +168,7 @@ def diversity(
     if len(chosen) * grid.voxels < VOXEL_PAIRS_WORTH_A_PROCESS:
         workers = 1
     values: dict[tuple[int, int], float] = {}
-    for position, outcome in each(
-        score, named, workers=workers, progress=progress, what=f"comparing {side} pairs"
-    ):
+    for position, outcome in each(score, named, workers=workers, progress=progress, what=f"comparing {side} pairs"):
         if isinstance(outcome, Exception):
             raise outcome  # every image was read a moment ago: this is no bad image
         values |= dict(zip(groups[position], outcome))
@@ -185,8 +183,7 @@ def _score_group(
 ) -> list[float]:
     scales = len(weights)
     return [
-        ms_ssim(_pyramid_of(first, grid, scales), _pyramid_of(second, grid, scales), weights)
-        for first, second in group
+        ms_ssim(_pyramid_of(first, grid, scales), _pyramid_of(second, grid, scales), weights) for first, second in group
     ]
 
 
@@ -212,9 +209,7 @@ def mean_over_pairs(values: Sequence[tuple[int, int, float]], images: int) -> Di
     table = np.array(values, dtype=np.float64).reshape(-1, 3)
     centre = float(table[:, 2].mean())
     if images < 4:
-        return Diversity(
-            Estimate(centre, n=images, reason="an interval needs at least 4 images"), len(table), math.nan
-        )
+        return Diversity(Estimate(centre, n=images, reason="an interval needs at least 4 images"), len(table), math.nan)
     total, count = table[:, 2].sum(), len(table)
     sums, counts = np.zeros(images), np.zeros(images)
     for column in (0, 1):

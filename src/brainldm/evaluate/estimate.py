@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 CONFIDENCE = 0.95
@@ -164,7 +165,7 @@ def _welch(value: float, parts: tuple[float, float], degrees: tuple[int, int], n
     return Estimate(value, value - half, value + half, n, how)
 
 
-def median(values: Sequence[float]) -> Estimate:
+def median(values: ArrayLike) -> Estimate:
     """The median with the interval between order statistics that the binomial distribution gives (n from 6 on)."""
     data = np.sort(np.asarray(values, dtype=np.float64))
     n = len(data)

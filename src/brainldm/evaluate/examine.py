@@ -26,7 +26,7 @@ HISTOGRAM_BINS = 256
 UNIT_TOLERANCE = 0.1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sketch:
     """What comparisons of many images need of one.
 
@@ -38,7 +38,7 @@ class Sketch:
     coarse_XYZ: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Examined:
     """What one look at an image gave.
 
@@ -112,17 +112,17 @@ def examine(
     side: str,
     grid: JudgingGrid,
     *,
-    sketched: Container[int],
+    sketched: Container[str],
     workers: int,
     progress: Progress,
 ) -> Examination:
     """Looks at every image of one side once; what cannot be judged becomes a failure and the rest goes on.
 
-    Sketches are made at the positions in `sketched`: they are what takes memory.
+    Sketches are made of the files in `sketched`: they are what takes memory.
     """
     good: dict[int, Examined] = {}
     failures: dict[int, Failure] = {}
-    requests = [(image, position in sketched) for position, image in enumerate(images)]
+    requests = [(image, image.file in sketched) for image in images]
     look = partial(examine_one, grid=grid)
     for position, outcome in each(look, requests, workers=workers, progress=progress, what=f"reading {side} images"):
         if isinstance(outcome, Exception):

@@ -147,7 +147,9 @@ def _synthetic_dataset(folder: Path, side: str) -> ImageFolder:
         if record is None:
             continue
         covariates, sex, _ = _covariates_of(plan, row, strict=True)
-        image = _manifested(folder, plan.rows[row]["participant_id"], record, covariates, sex, _extrapolated(plan, row), None)
+        image = _manifested(
+            folder, plan.rows[row]["participant_id"], record, covariates, sex, _extrapolated(plan, row), None
+        )
         if isinstance(image, JudgedImage):
             images.append(image)
         else:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from brainldm.base.covariates import CONTINUOUS, COVARIATES
 from brainldm.base.errors import BadInput
@@ -126,29 +126,34 @@ def measure(
 
 
 def write_measured(
-    path: Path, images: Sequence[Examined], measured: Measurements | None, *, known_as: str, flags: Sequence[bool | None]
+    path: Path,
+    images: Sequence[Examined],
+    measured: Measurements,
+    *,
+    known_as: Literal["asked", "recorded"],
+    outside: Callable[[Examined], tuple[str, ...] | None] | None = None,
 ) -> None:
-    """One row an image: what was asked (`known_as` "asked") or recorded of a person ("recorded"), and in columns of
-    their own what was measured. `flags` says of each whether a covariate lies outside the training range."""
-    by_sha256 = {} if measured is None else measured.by_sha256
-    names = sorted({name for m in by_sha256.values() for name in m.values})
-    quality = sorted({name for m in by_sha256.values() for name in m.quality})
-    columns = ["participant_id", "file", "sha256"]
-    columns += [f"{name}_{known_as}" for name in COVARIATES]
-    columns += ["extrapolated"] if known_as == "asked" else ["split"]
+    """One row an image: what was `asked` of it, or `recorded` of a person, and in columns of their own what was
+    measured. `outside` names an image's covariates that lie outside the training range."""
+    names = sorted({name for m in measured.by_sha256.values() for name in m.values})
+    quality = sorted({name for m in measured.by_sha256.values() for name in m.quality})
+    columns = ["participant_id", "file", "sha256", *(f"{name}_{known_as}" for name in COVARIATES)]
+    columns += ["split"] if outside is None else ["extrapolated"]
     columns += [f"{name}_measured" for name in names] + [f"quality_{name}" for name in quality]
     rows = []
-    for look, outside in zip(images, flags, strict=True):
+    for look in images:
+        image = look.image
         row: dict[str, object] = {
-            "participant_id": look.image.participant_id,
-            "file": look.image.file,
+            "participant_id": image.participant_id,
+            "file": image.file,
             "sha256": look.sha256,
-            f"sex_{known_as}": look.image.sex,
-            "extrapolated": None if outside is None else int(outside),
-            "split": look.image.split,
+            f"sex_{known_as}": image.sex,
+            "split": image.split,
         }
-        row |= {f"{name}_{known_as}": look.image.covariates.get(name) for name in CONTINUOUS}
-        found = by_sha256.get(look.sha256)
+        if outside is not None:
+            row["extrapolated"] = ",".join(outside(look) or ()) or None
+        row |= {f"{name}_{known_as}": image.covariates.get(name) for name in CONTINUOUS}
+        found = measured.by_sha256.get(look.sha256)
         if found is not None:
             row |= {f"{name}_measured": value for name, value in found.values.items()}
             row |= {f"quality_{name}": value for name, value in found.quality.items()}

@@ -1,5 +1,4 @@
-"""The same work for many images, on several processes, where one bad image or a dead worker never takes the rest along.
-"""
+"""The same work for many images, on several processes: one bad image never takes the others along."""
 
 from __future__ import annotations
 
@@ -15,6 +14,7 @@ from brainldm.base.progress import Progress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
 
 def each(
     work: Callable[[Item], Result],

@@ -27,17 +27,14 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """fp32 or bf16; `auto` takes bf16 where the processor multiplies matrices in it (CUDA, AMX), else fp32.
-
-    AVX512-BF16 without AMX gains nothing on small networks, so it is not taken by itself.
-    """
+    """fp32 or bf16; `auto` takes bf16 where the processor multiplies in it (CUDA, AMX, AVX512-BF16), else fp32."""
     if name not in PRECISIONS:
         raise UsageError(f"no precision is named {name!r}.", remedy=f"Choose one of: {', '.join(PRECISIONS)}.")
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+    return "bf16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

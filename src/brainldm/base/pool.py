@@ -1,4 +1,4 @@
-"""Scans handed out to processes: one thread each, no one scan able to stop the rest, nothing left behind.
+"""Work handed out to processes: one thread each, no one task able to stop the rest, nothing left behind.
 
 The workers start fresh (spawn), so nothing of the parent's threads or torch is copied into them, and they end by
 themselves when the parent is killed.
@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
@@ -31,7 +31,7 @@ _THREAD_VARIABLES = (
 
 def each_in_a_pool(
     work: Callable[[Task], Result], tasks: Sequence[Task], *, workers: int
-) -> Iterator[tuple[Task, Result | Exception]]:
+) -> Generator[tuple[Task, Result | Exception]]:
     """Each task with its result, or with the exception that it raised, as they finish. One worker is this process.
 
     `work` and tasks must be importable and picklable. EnvironmentProblem when a worker is killed from outside.

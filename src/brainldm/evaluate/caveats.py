@@ -1,0 +1,110 @@
+"""What a reader of the scorecard has to know before believing it, as sentences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from brainldm.base.covariates import CONTINUOUS
+from brainldm.evaluate.diversity import SCALE_WEIGHTS, scale_weights
+from brainldm.evaluate.examine import Examination
+from brainldm.evaluate.images import ImageFolder
+from brainldm.evaluate.judge import Findings
+from brainldm.evaluate.memorisation import MIN_HELD_OUT, Memorisation
+
+FEW_IMAGES = 30
+# Studies of memorisation (Dar et al. 2024, arXiv 2402.01054) found a third and more of the training images in models
+# that were trained on hundreds of people.
+FEW_TRAINING_PEOPLE = 1000
+
+
+def caveats(made: ImageFolder, people: ImageFolder | None, found: Findings) -> tuple[str, ...]:
+    """All that applies to this evaluation, the weightiest first."""
+    said: list[str] = []
+    if people is not None and found.copies is not None:
+        said += _of_copies(made, people, found, found.copies)
+        if "phantom" in json.dumps([made.provenance, people.provenance]).lower():
+            said.append(
+                "The reference people are phantoms: these figures show that the machinery works, and nothing of how "
+                "brains learnt from real scans would come out."
+            )
+        if found.sampled < len(people.images):
+            said.append(f"{found.sampled} of {len(people.images)} real images, drawn at random, stand for all of them.")
+    said += _of_images("synthetic", found.synthetic)
+    if people is not None:
+        said += _of_images("real", found.real)
+    said += _of_a_sweep(found.synthetic)
+    scales = len(scale_weights(found.grid.shape_XYZ))
+    if 0 < scales < len(SCALE_WEIGHTS):
+        said.append(
+            f"MS-SSIM uses {scales} of its {len(SCALE_WEIGHTS)} scales, because {found.grid.describe()} have no room "
+            "for more, and the weights of the others are scaled up to 1: compare it only with values at this grid."
+        )
+    return (*said, *made.warnings, *(people.warnings if people is not None else ()))
+
+
+def _of_copies(made: ImageFolder, people: ImageFolder, found: Findings, copies: Memorisation) -> Iterator[str]:
+    stated = _stated_training_images(made.provenance)
+    trained = stated if stated is not None else len(people.training)
+    if 0 < trained < FEW_TRAINING_PEOPLE:
+        yield (
+            f"Trained on {trained} {'person' if trained == 1 else 'people'}: a model that has seen so few makes copies "
+            "and blends of them. Do not take its brains for nobody's, and do not share them as such."
+        )
+    real_files = {look.sha256 for look in found.real.images}
+    same = max(copies.identical, sum(look.sha256 in real_files for look in found.synthetic.images))
+    if same:
+        yield f"{same} synthetic image{'s equal' if same > 1 else ' equals'} a real one: copies, not synthetic."
+    if not people.training:
+        yield (
+            "The real folder does not say whom the model was trained on: every real image counts as a training image "
+            "in the search for copies."
+        )
+    elif stated is not None and stated != len(people.training):
+        yield (
+            f"The model says it was trained on {stated} images and the reference cohort has {len(people.training)} "
+            "training people: the search for copies may have looked at the wrong people."
+        )
+    if people.training and copies.held_out < MIN_HELD_OUT:
+        yield (
+            f"{copies.held_out or 'No'} {'person was' if copies.held_out == 1 else 'people were'} held out: in the "
+            "search for copies, distances between training people stand for those of unseen people."
+        )
+
+
+def _stated_training_images(provenance: Any) -> int | None:
+    """How many images the model says it was trained on."""
+    generation = provenance.get("generation.json")
+    model = generation.get("model") if isinstance(generation, dict) else None
+    stated = model.get("training_images") if isinstance(model, dict) else None
+    return stated if isinstance(stated, int) else None
+
+
+def _of_images(side: str, found: Examination) -> Iterator[str]:
+    n = len(found.images)
+    if n < FEW_IMAGES:
+        yield f"Only {n} {side} image{'s' * (n != 1)} could be judged: read the intervals before the values."
+    resampled = sum(look.resampled for look in found.images)
+    if resampled:
+        yield (
+            f"{resampled} of {n} {side} images lie on another grid and were brought to the common one, which smooths "
+            "them: rows that compare the two sets also show that."
+        )
+    scaled = sum(look.scaled for look in found.images)
+    if scaled:
+        yield f"{scaled} of {n} {side} images had intensities outside 0..1 and were min-max scaled one by one."
+    twice = n - len({look.sha256 for look in found.images})
+    if twice:
+        yield f"{twice} of {n} {side} images are the same file as another of them."
+
+
+def _of_a_sweep(synthetic: Examination) -> Iterator[str]:
+    for name in CONTINUOUS:
+        values = [look.image.covariates[name] for look in synthetic.images if name in look.image.covariates]
+        if len(values) >= 4 and len(set(values)) <= len(values) // 2:
+            yield (
+                "The brains were asked for on a grid of values, not drawn like the population: rows that compare the "
+                "two sets as wholes also show that plan."
+            )
+            return

@@ -1,0 +1,260 @@
+"""The steps of an evaluation, in the order they happen: look at the images, measure them, judge the two sets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from brainldm.base.errors import BadInput
+from brainldm.base.manifest import Manifest
+from brainldm.base.progress import Progress
+from brainldm.base.streams import stream
+from brainldm.evaluate.conditioning import Agreement, TrainingRanges, agreement
+from brainldm.evaluate.distribution import brain_mask, intensity_distance, mean_image_distance
+from brainldm.evaluate.diversity import Diversity, diversity
+from brainldm.evaluate.examine import Examination, Examined, Sketch, examine
+from brainldm.evaluate.grids import JudgingGrid, judging_grid
+from brainldm.evaluate.images import Failure, ImageFolder, JudgedImage
+from brainldm.evaluate.measuring import Instrument, Measurements, measure, write_measured
+from brainldm.evaluate.memorisation import Memorisation, memorisation
+from brainldm.evaluate.pictures import draw_pictures, white_point
+from brainldm.evaluate.rows import (
+    Row,
+    conditioning_rows,
+    distance_rows,
+    diversity_rows,
+    memorisation_rows,
+    volume_rows,
+)
+
+# Comparisons that hold many images at once take at most so many of a side, drawn at random.
+MAX_SKETCHED = 1000
+MEASURED = ("ventricles_mm3", "brain_mm3")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the steps gave. `copies` is None where there are no real images; `sampled` is how many of them were looked
+    at."""
+
+    grid: JudgingGrid
+    synthetic: Examination
+    real: Examination
+    sampled: int
+    rows: tuple[Row, ...]
+    copies: Memorisation | None
+    failures: tuple[Failure, ...]
+    seconds: Mapping[str, float]
+
+
+@dataclass
+class Judge:
+    """One evaluation of the images `made` against those of `people`; results of single images are kept in `out`."""
+
+    made: ImageFolder
+    people: ImageFolder | None
+    out: Path
+    instrument: Instrument
+    pairs: int
+    seed: int
+    workers: int
+    max_real: int
+    progress: Progress
+    failures: list[Failure] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, *, show_real: bool) -> Findings:
+        begun = time.monotonic()
+        # Which images, on which grid
+        sample = () if self.people is None else self.drawn(self.people.images, self.max_real, "real")
+        grid = judging_grid([[image.path for image in side] for side in (self.made.images, sample)])
+        if grid is None:
+            raise BadInput(
+                "not one of its images can be opened.",
+                remedy="See whether they are NIfTI files.",
+                path=self.made.folder,
+                reason="empty",
+            )
+
+        # One look at each
+        synthetic = self.examined(self.made, self.made.images, "synthetic", grid)
+        real = Examination((), ())
+        if self.people is not None:
+            real = self.examined(self.people, sample, "real", grid)
+
+        # What the instrument finds in them
+        measured = self.measured(synthetic, "synthetic")
+        measured_real = self.measured(real, "real")
+        outside = self.outside_training()
+        write_measured(self.out / "measured.tsv", synthetic.images, measured, known_as="asked", outside=outside)
+        write_measured(self.out / "measured_reference.tsv", real.images, measured_real, known_as="recorded")
+
+        # The judgements
+        rows = self.conditioning(synthetic, real, measured, measured_real, outside)
+        rows += self.diversity(synthetic, real, grid)
+        rows += self.distribution(synthetic, real, measured, measured_real)
+        copies = None
+        if self.people is not None:
+            copies = self.copies(synthetic, real, grid)
+            rows += memorisation_rows(copies)
+
+        # Pictures
+        with self.timed("pictures"):
+            draw_pictures(
+                self.out / "figures",
+                {"synthetic": synthetic.images, "real": real.images},
+                white=white_point([*synthetic.sketches, *real.sketches]),
+                seed=self.seed,
+                show_real=show_real,
+            )
+        self.seconds["all"] = time.monotonic() - begun
+        seconds = {name: round(value, 2) for name, value in self.seconds.items()}
+        return Findings(grid, synthetic, real, len(sample), tuple(rows), copies, tuple(self.failures), seconds)
+
+    # ---- looking ----------------------------------------------------------------------------------------------------
+
+    def drawn(self, images: Sequence[JudgedImage], limit: int, side: str) -> tuple[JudgedImage, ...]:
+        """At most `limit` of the images, drawn at random, in their order."""
+        if len(images) <= limit:
+            return tuple(images)
+        chosen = stream(self.seed, f"evaluate/sample/{side}").choice(len(images), size=limit, replace=False)
+        return tuple(images[position] for position in sorted(chosen.tolist()))
+
+    def examined(self, folder: ImageFolder, images: Sequence[JudgedImage], side: str, grid: JudgingGrid) -> Examination:
+        sketched = {image.file for image in self.drawn(images, MAX_SKETCHED, f"{side}/sketched")}
+        with self.timed("reading"):
+            found = examine(images, side, grid, sketched=sketched, workers=self.workers, progress=self.progress)
+        self.failures += [*folder.failures, *found.failures]
+        if not found.images:
+            first = self.failures[-1]
+            raise BadInput(
+                f"not one of its {len(images)} images can be judged; {first.file} {first.message}",
+                remedy=first.remedy,
+                path=folder.folder,
+                reason="empty",
+            )
+        return found
+
+    def measured(self, found: Examination, side: str) -> Measurements:
+        with self.timed("measuring"):
+            measured = measure(
+                found.images,
+                side,
+                self.instrument,
+                Manifest(self.out / "measured.jsonl"),
+                workers=self.workers,
+                progress=self.progress,
+            )
+        self.failures += measured.failures
+        return measured
+
+    def outside_training(self) -> Callable[[Examined], tuple[str, ...] | None]:
+        """Which covariates of an image lie outside the training range: as its plan says, or else as the training people
+        of the reference cohort tell; None where nobody knows."""
+        training = [] if self.people is None else [image.covariates for image in self.people.training]
+        ranges = TrainingRanges.of(training)
+
+        def outside(look: Examined) -> tuple[str, ...] | None:
+            if look.image.extrapolated is not None:
+                return look.image.extrapolated
+            return ranges.outside(look.image.covariates) if training else None
+
+        return outside
+
+    # ---- judging ----------------------------------------------------------------------------------------------------
+
+    def conditioning(
+        self,
+        synthetic: Examination,
+        real: Examination,
+        measured: Measurements,
+        measured_real: Measurements,
+        outside: Callable[[Examined], tuple[str, ...] | None],
+    ) -> list[Row]:
+        rows = []
+        for covariate in MEASURED:
+
+            def compared(looks: Sequence[Examined], by: Measurements, name: str = covariate) -> Agreement:
+                known = [look.image.covariates.get(name) for look in looks]
+                return agreement(known, [by.value(look, name) for look in looks])
+
+            beyond = [covariate in (outside(look) or ()) for look in synthetic.images]
+            groups = {"all": compared(synthetic.images, measured)}
+            if any(beyond):
+                for group, wanted in (("inside the training range", False), ("outside the training range", True)):
+                    members = [look for look, is_beyond in zip(synthetic.images, beyond) if is_beyond is wanted]
+                    groups[group] = compared(members, measured)
+            own = None if self.people is None else compared(real.images, measured_real)
+            rows += conditioning_rows(covariate, groups, own)
+        return rows
+
+    def diversity(self, synthetic: Examination, real: Examination, grid: JudgingGrid) -> list[Row]:
+        def of(found: Examination, side: str) -> Diversity:
+            images = [look.image for look in found.images]
+            with self.timed("pairs"):
+                return diversity(
+                    images,
+                    side,
+                    grid,
+                    pairs=self.pairs,
+                    seed=self.seed,
+                    workers=self.workers,
+                    progress=self.progress,
+                )
+
+        return diversity_rows(of(synthetic, "synthetic"), None if self.people is None else of(real, "real"))
+
+    def distribution(
+        self, synthetic: Examination, real: Examination, measured: Measurements, measured_real: Measurements
+    ) -> list[Row]:
+        rows = []
+        for covariate in MEASURED:
+            own, others = (
+                [value for look in found.images if (value := by.value(look, covariate)) is not None]
+                for found, by in ((synthetic, measured), (real, measured_real))
+            )
+            rows += volume_rows(covariate, own, None if self.people is None else others)
+        if self.people is not None:
+            sets = synthetic.sketches, real.sketches
+            with self.timed("distribution"):
+                rows += distance_rows(intensity_distance(*sets, self.seed), mean_image_distance(*sets, self.seed))
+        return rows
+
+    def copies(self, synthetic: Examination, real: Examination, grid: JudgingGrid) -> Memorisation:
+        assert self.people is not None
+        training: Sequence[JudgedImage] = self.people.training
+        held_out = self.drawn(self.people.held_out, MAX_SKETCHED, "held-out")
+        if not training:  # the folder does not say whom a model was trained on: everybody may have been
+            training, held_out = self.people.images, ()
+        known = {look.image.file: look.sketch for look in real.images if look.sketch is not None}
+        with self.timed("copies"):
+            return memorisation(
+                synthetic.sketches,
+                self.sketches(training, known, grid, "training"),
+                list(self.sketches(held_out, known, grid, "held-out")),
+                brain_mask(real.sketches),
+            )
+
+    def sketches(
+        self, images: Sequence[JudgedImage], known: Mapping[str, Sketch], grid: JudgingGrid, side: str
+    ) -> Iterator[Sketch]:
+        """The images' sketches; those not made yet are made in blocks, so that the images of a large cohort are never
+        all in memory."""
+        yield from (known[image.file] for image in images if image.file in known)
+        failed = {failure.file for failure in self.failures if failure.side == "real"}
+        rest = [image for image in images if image.file not in known and image.file not in failed]
+        for start in range(0, len(rest), MAX_SKETCHED):
+            block = rest[start : start + MAX_SKETCHED]
+            files = {image.file for image in block}
+            found = examine(block, side, grid, sketched=files, workers=self.workers, progress=self.progress)
+            self.failures += found.failures
+            yield from found.sketches
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.monotonic() - begun

@@ -1,0 +1,243 @@
+"""The rows of a scorecard: each a figure of the synthetic images, the same figure of a reference, what would be best
+and what it means. Every kind of judgement ends here, so that a new one needs only a function that returns rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from brainldm.evaluate.conditioning import Agreement
+from brainldm.evaluate.distribution import Distance
+from brainldm.evaluate.diversity import Diversity
+from brainldm.evaluate.estimate import Estimate, difference, difference_of_means, mean, standard_deviation
+from brainldm.evaluate.memorisation import Memorisation
+
+SECTIONS = {
+    "conditioning": "Does it obey?",
+    "diversity": "Is it diverse?",
+    "distribution": "Is it real?",
+    "memorisation": "Does it copy?",
+}
+COVARIATE_TITLES = {
+    "ventricles_mm3": "Ventricles",
+    "brain_mm3": "Brain volume",
+    "age_years": "Age",
+}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """How a value is stored and how it is shown: value * `factor`, with `decimals`, in `shown`."""
+
+    stored: str
+    shown: str
+    factor: float
+    decimals: int
+
+
+PLAIN = Unit("", "", 1.0, 3)
+VOLUME = Unit("mm^3", "mL", 1e-3, 1)
+YEARS = Unit("year", "years", 1.0, 1)
+INTENSITY = Unit("intensity range", "of the intensity range", 1.0, 4)
+SHARE = Unit("share", "%", 100.0, 0)
+
+
+def unit_of(covariate: str) -> Unit:
+    return YEARS if covariate.endswith("_years") else VOLUME
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the scorecard. `reference` is the figure that `synthetic` is to be read against, and `reference_is`
+    says what it is of; `group` is all images, or those inside or outside the training range."""
+
+    section: str
+    key: str
+    title: str
+    unit: Unit
+    best: str
+    meaning: str
+    synthetic: Estimate | None
+    reference: Estimate | None = None
+    reference_is: str = "real"
+    difference: Estimate | None = None
+    group: str = "all"
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Row:
+        parts = dict(content)
+        parts["unit"] = Unit(**parts["unit"])
+        for name in ("synthetic", "reference", "difference"):
+            if parts[name] is not None:
+                parts[name] = Estimate.from_json(parts[name])
+        return cls(**parts)
+
+
+def conditioning_rows(covariate: str, groups: dict[str, Agreement], instrument: Agreement | None) -> list[Row]:
+    """How the covariate was obeyed in each group of images, beside the instrument's own error on real people."""
+    unit, name = unit_of(covariate), COVARIATE_TITLES.get(covariate, covariate)
+    what = {
+        "pearson_r": (
+            "asked v measured, Pearson r",
+            PLAIN,
+            "1",
+            "How closely what is found in the images follows what was asked. It also grows with the spread of what "
+            "was asked, so read it with the slope and the error. Beside it: the instrument on real people.",
+        ),
+        "slope": (
+            "slope",
+            PLAIN,
+            "1",
+            "How much more is found for one more asked. Below 1: differences that were asked for are shown too small.",
+        ),
+        "intercept": ("intercept", unit, "0", "What the line of measured on asked shows where 0 is asked."),
+        "absolute_error": (
+            "mean absolute error",
+            unit,
+            "the instrument's",
+            "How far a brain is from what was asked, on average. The instrument's own error on real people is in it.",
+        ),
+        "bias": ("bias", unit, "0", "Whether more (+) or less (-) is found than was asked, on average."),
+    }
+    rows = []
+    for group, agreement in groups.items():
+        for field in fields(Agreement):
+            title, shown_in, best, meaning = what[field.name]
+            rows.append(
+                Row(
+                    "conditioning",
+                    f"{covariate}.{field.name}",
+                    f"{name}: {title}",
+                    shown_in,
+                    best,
+                    meaning,
+                    getattr(agreement, field.name),
+                    getattr(instrument, field.name) if instrument is not None and group == "all" else None,
+                    "instrument on real people",
+                    group=group,
+                )
+            )
+    return rows
+
+
+def diversity_rows(synthetic: Diversity, real: Diversity | None) -> list[Row]:
+    """MS-SSIM between synthetic and between real images, and how far apart the two are."""
+    apart = None
+    if real is not None:
+        apart = difference(synthetic.estimate, real.estimate, (synthetic.standard_error, real.standard_error))
+    return [
+        Row(
+            "diversity",
+            "ms_ssim",
+            "MS-SSIM between pairs",
+            PLAIN,
+            "the real value",
+            "How alike two images of the set are; 1 is identical. Clearly above the real value: the model makes too "
+            "few kinds of brain. Clearly below: it adds noise or makes what is no brain.",
+            synthetic.estimate,
+            None if real is None else real.estimate,
+            difference=apart,
+        )
+    ]
+
+
+def volume_rows(covariate: str, synthetic: Sequence[float], real: Sequence[float] | None) -> list[Row]:
+    """Mean and spread of a measured volume in both sets, by the same instrument."""
+    name, unit = COVARIATE_TITLES.get(covariate, covariate), unit_of(covariate)
+    apart = None if real is None else difference_of_means(synthetic, real)
+    return [
+        Row(
+            "distribution",
+            f"{covariate}.mean",
+            f"{name}: mean as measured",
+            unit,
+            "the real value",
+            "Like the real mean when brains are drawn like the population; a sweep asks for something else.",
+            mean(synthetic),
+            None if real is None else mean(real),
+            difference=apart,
+        ),
+        Row(
+            "distribution",
+            f"{covariate}.sd",
+            f"{name}: standard deviation as measured",
+            unit,
+            "the real value",
+            "Smaller than the real spread: the model shies away from unusual brains.",
+            standard_deviation(synthetic),
+            None if real is None else standard_deviation(real),
+        ),
+    ]
+
+
+def distance_rows(intensity: Distance, mean_image: Distance) -> list[Row]:
+    """Two distances between the sets, each beside what random divisions of all images give."""
+    return [
+        Row(
+            "distribution",
+            "intensity_wasserstein",
+            "Intensities: Wasserstein distance of histograms",
+            INTENSITY,
+            "chance",
+            "How far grey values would have to be moved to look like the real ones. Above what chance gives: the "
+            "contrast, the noise or the amount of background differs.",
+            intensity.observed,
+            intensity.by_chance,
+            "chance",
+        ),
+        Row(
+            "distribution",
+            "mean_image_rmse",
+            "Mean image: root-mean-square difference",
+            INTENSITY,
+            "chance",
+            "How far the average synthetic brain differs from the average real one, in the brain at 4 mm. Above what "
+            "chance gives: the brains are of other people, elsewhere, or blurred.",
+            mean_image.observed,
+            mean_image.by_chance,
+            "chance",
+        ),
+    ]
+
+
+def memorisation_rows(found: Memorisation) -> list[Row]:
+    """Whether synthetic images lie nearer to training images than unseen people do."""
+    return [
+        Row(
+            "memorisation",
+            "nearest_training_rmse",
+            "Distance to the nearest training image, median",
+            INTENSITY,
+            "not below unseen people",
+            f"Root-mean-square difference in the brain at 4 mm. Beside it: {found.reference_is or 'unseen people'}. "
+            "Much smaller: copies. Blurred images are somewhat nearer to everybody.",
+            found.synthetic,
+            found.reference,
+            "unseen people" if found.held_out and "held-out" in found.reference_is else "training people",
+        ),
+        Row(
+            "memorisation",
+            "nearer_than_unseen",
+            "Nearer to a training image than any reference person",
+            SHARE,
+            "chance",
+            "The share of synthetic brains that lie nearer to a training image than all people of the row above do.",
+            found.nearer_than_reference,
+            found.nearer_by_chance,
+            "chance",
+        ),
+        Row(
+            "memorisation",
+            "nearest_is_training",
+            "Nearest real person is one the model has seen",
+            SHARE,
+            "chance",
+            "Of all real people, the nearest should be a training person only as often as there are training people "
+            "among them. Blur cannot change this row; copying drives it to 100 %.",
+            found.nearest_is_training,
+            found.training_by_chance,
+            "chance",
+        ),
+    ]

@@ -1,0 +1,245 @@
+"""The scorecard of a folder of images: every figure with its count, its interval, its seed and its reference.
+
+OUT/scorecard.json              all of it, for machines          OUT/scorecard.tsv, scorecard.md   for people
+OUT/measured.tsv                asked and measured, an image a row
+OUT/measured_reference.tsv      the same of the real people: recorded and measured
+OUT/measured.jsonl              what the instrument found, by image hash: a rerun measures only what is new
+OUT/failures.tsv                images that could not be judged, and why (only where there are any)
+OUT/figures/                    middle slices, all in one grey scale
+OUT/learning_curves.json        of the training run, where one was named
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy
+
+import brainldm
+from brainldm.base.errors import BadInput, UsageError
+from brainldm.base.files import locked_folder, make_folder, write_json, write_text
+from brainldm.base.progress import Progress, Quiet
+from brainldm.base.tables import write_table
+from brainldm.evaluate import printed
+from brainldm.evaluate.caveats import caveats
+from brainldm.evaluate.curves import learning_curves
+from brainldm.evaluate.diversity import KERNEL, SIGMA_VOXELS, scale_weights
+from brainldm.evaluate.examine import Examination
+from brainldm.evaluate.images import Failure, ImageFolder, open_images
+from brainldm.evaluate.judge import Findings, Judge
+from brainldm.evaluate.measuring import Instrument
+from brainldm.evaluate.pool import usable_cpus
+from brainldm.evaluate.rows import Row
+
+SCHEMA = "brainldm scorecard"
+SCHEMA_VERSION = 1
+OURS = {"scorecard.json", "measured.jsonl", "index.html", "failures.tsv"}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two folders: `planned` rows, `judged` images and `failed` ones, and what it says of itself.
+
+    `sampled` is less than the number of images where only a random part was looked at.
+    """
+
+    folder: str
+    from_here: str
+    kind: str
+    planned: int
+    sampled: int
+    judged: int
+    failed: int
+    training: int
+    held_out: int
+    provenance: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Scorecard:
+    """What was found. `settings` and `seed` say how to get the same numbers again; `versions` with what they came."""
+
+    synthetic: Side
+    real: Side | None
+    seed: int
+    settings: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    warnings: tuple[str, ...]
+    failures: tuple[Failure, ...]
+    versions: Mapping[str, str]
+    seconds: Mapping[str, float]
+    schema: str = SCHEMA
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Scorecard:
+        """The scorecard in scorecard.json; BadInput when it is of another kind or a newer program."""
+        if content.get("schema") != SCHEMA or content.get("schema_version") != SCHEMA_VERSION:
+            raise BadInput(
+                f"is a {content.get('schema')!r} of version {content.get('schema_version')!r}; this program reads "
+                f"{SCHEMA!r} of version {SCHEMA_VERSION}.",
+                remedy="Use the version of brainldm that wrote it, or evaluate again.",
+                reason="version",
+            )
+        parts = dict(content)
+        parts["synthetic"] = Side(**parts["synthetic"])
+        parts["real"] = None if parts["real"] is None else Side(**parts["real"])
+        parts["rows"] = tuple(Row.from_json(row) for row in parts["rows"])
+        parts["warnings"] = tuple(parts["warnings"])
+        parts["failures"] = tuple(Failure(**failure) for failure in parts["failures"])
+        return cls(**parts)
+
+    def row(self, key: str, group: str = "all") -> Row:
+        """The row of that key; KeyError when there is none."""
+        for row in self.rows:
+            if (row.key, row.group) == (key, group):
+                return row
+        raise KeyError(f"{key} ({group})")
+
+    def as_text(self) -> str:
+        """A table for the terminal, warnings and failures below it."""
+        return printed.as_text(self.rows, self.warnings, self.failures)
+
+
+def evaluate_dataset(
+    synth: str | Path,
+    real: str | Path | None,
+    out: str | Path,
+    *,
+    measure: Instrument | None = None,
+    pairs: int = 1000,
+    seed: int = 0,
+    workers: int | None = None,
+    max_real: int = 200,
+    runs: str | Path | None = None,
+    show_real: bool = True,
+    progress: Progress = Quiet(),  # noqa: B008  # stateless
+) -> Scorecard:
+    """Judges the images in `synth` against those in `real`, writes everything below `out` and returns the scorecard.
+
+    `measure` finds volumes in images (by default the one without trained weights). At most `max_real` real images,
+    drawn at random, are measured and compared as a set; the search for copies looks at every training image. `runs` is
+    a training run whose curves go along. Images that cannot be judged are listed in failures.tsv (and in `.failures`)
+    and the rest is judged; BadInput when there is nothing to judge.
+    """
+    synth, real, out = Path(synth), None if real is None else Path(real), Path(out)
+    if pairs < 1 or max_real < 1:
+        raise UsageError("the numbers of pairs and of real images must be at least 1.")
+    _check_output(out, [folder for folder in (synth, real) if folder is not None])
+    made = open_images(synth, "synthetic")
+    people = None if real is None else open_images(real, "real")
+    curves = None if runs is None else learning_curves(Path(runs))
+    judge = Judge(
+        made,
+        people,
+        out,
+        measure or _default_measure(),
+        pairs,
+        seed,
+        workers or usable_cpus(),
+        max_real,
+        progress,
+    )
+    with locked_folder(out):
+        found = judge.run(show_real=show_real)
+        card = _scorecard(judge, found)
+        if curves is not None:
+            write_json(out / "learning_curves.json", curves)
+        _write(out, card)
+    return card
+
+
+def _scorecard(judge: Judge, found: Findings) -> Scorecard:
+    weights = scale_weights(found.grid.shape_XYZ)
+    settings = {
+        "judging_grid": {
+            "shape_XYZ": list(found.grid.shape_XYZ),
+            "voxel_mm": [round(float(v), 4) for v in found.grid.voxel_mm],
+            "rule": "the coarser of the two folders' most common grids",
+        },
+        "instrument": judge.instrument.name,
+        "pairs": judge.pairs,
+        "max_real": judge.max_real,
+        "ms_ssim": {
+            "kernel": KERNEL,
+            "sigma_voxels": SIGMA_VOXELS,
+            "data_range": 1,
+            "scales": len(weights),
+            "weights": list(weights),
+        },
+    }
+    versions = {
+        "brainldm": brainldm.__version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+    }
+    return Scorecard(
+        _side(judge.made, judge.out, len(judge.made.images), found.synthetic),
+        None if judge.people is None else _side(judge.people, judge.out, found.sampled, found.real),
+        judge.seed,
+        settings,
+        found.rows,
+        caveats(judge.made, judge.people, found),
+        found.failures,
+        versions,
+        found.seconds,
+    )
+
+
+def _side(folder: ImageFolder, out: Path, sampled: int, found: Examination) -> Side:
+    return Side(
+        folder.folder.resolve().name,
+        os.path.relpath(folder.folder.resolve(), out.resolve()),
+        folder.kind,
+        folder.planned,
+        sampled,
+        len(found.images),
+        len(folder.failures) + len(found.failures),
+        len(folder.training),
+        len(folder.held_out),
+        dict(folder.provenance),
+    )
+
+
+def _check_output(out: Path, inputs: Sequence[Path]) -> None:
+    for folder in inputs:
+        if out.resolve() == folder.resolve():
+            raise UsageError(
+                "the output is one of the folders to be judged.", remedy="Choose a folder of its own.", path=out
+            )
+    if out.is_dir():
+        there = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+        if there and not there & OURS:
+            raise UsageError(
+                f"the folder holds other things ({', '.join(sorted(there)[:3])}) and no evaluation.",
+                remedy="Choose an empty or new folder.",
+                path=out,
+            )
+    make_folder(out)
+
+
+def _write(out: Path, card: Scorecard) -> None:
+    failures = out / "failures.tsv"
+    failures.unlink(missing_ok=True)
+    if card.failures:
+        columns = ("side", "participant_id", "file", "reason", "message", "remedy")
+        write_table(failures, columns, (asdict(failure) for failure in card.failures))
+    write_table(out / "scorecard.tsv", printed.TSV_COLUMNS, printed.tsv_rows(card.rows))
+    write_text(out / "scorecard.md", printed.as_markdown(card.rows, card.warnings, card.failures))
+    write_json(out / "scorecard.json", card.to_json())  # last: it is what says that the evaluation is whole
+
+
+def _default_measure() -> Instrument:
+    from brainldm.cohort.measure import TemplateMeasure
+
+    return TemplateMeasure()

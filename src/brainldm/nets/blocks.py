@@ -1,0 +1,151 @@
+"""The bricks of both networks.
+
+Axes: B batch, C channels, X Y Z space, N tokens, F features. Parameter names are those of MONAI 1.6's networks, so
+that weights pass between the two without a table.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Convolution(nn.Module):
+    """A 3-D convolution that keeps the grid (stride 1) or halves it (stride 2, padding at the far ends only)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1) -> None:
+        super().__init__()
+        padding = kernel // 2 if stride == 1 else 0
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride=stride, padding=padding)
+
+    def forward(self, x_BCXYZ: torch.Tensor) -> torch.Tensor:
+        return self.conv(x_BCXYZ)
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """The module with all weights 0, so that the branch it ends adds nothing at the start of training."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def halve_by_mean(x_BCXYZ: torch.Tensor) -> torch.Tensor:
+    """Means over 2 x 2 x 2 voxels. In float32, because torch has no bfloat16 kernel for it on a CPU."""
+    return F.avg_pool3d(x_BCXYZ.float(), 2).to(x_BCXYZ.dtype)
+
+
+def double_by_nearest(x_BCXYZ: torch.Tensor) -> torch.Tensor:
+    """Every voxel repeated 2 x 2 x 2 times."""
+    return F.interpolate(x_BCXYZ, scale_factor=2.0, mode="nearest")
+
+
+def fold(x_BCXYZ: torch.Tensor, factor: int) -> torch.Tensor:
+    """Space to channels: (B, C, X, Y, Z) to (B, C f^3, X/f, Y/f, Z/f); nothing is lost."""
+    if factor == 1:
+        return x_BCXYZ
+    b, c, x, y, z = x_BCXYZ.shape
+    f = factor
+    split = x_BCXYZ.reshape(b, c, x // f, f, y // f, f, z // f, f)
+    return split.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, c * f**3, x // f, y // f, z // f)
+
+
+def unfold(x_BCXYZ: torch.Tensor, factor: int) -> torch.Tensor:
+    """Channels to space, the inverse of `fold`."""
+    if factor == 1:
+        return x_BCXYZ
+    b, c, x, y, z = x_BCXYZ.shape
+    f = factor
+    split = x_BCXYZ.reshape(b, c // f**3, f, f, f, x, y, z)
+    return split.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, c // f**3, x * f, y * f, z * f)
+
+
+def check_widths(channels: tuple[int, ...], norm_groups: int) -> None:
+    """ValueError for widths that group normalisation cannot divide."""
+    for width in channels:
+        if width < 1 or width % norm_groups:
+            raise ValueError(
+                f"{width} channels cannot be normalised in {norm_groups} groups: every width must be a multiple of it"
+            )
+
+
+def check_divisible(shape_XYZ: tuple[int, ...], factor: int, what: str) -> None:
+    """ValueError for a grid that cannot be halved as often as a network does."""
+    if any(n % factor for n in shape_XYZ):
+        raise ValueError(f"{what} {tuple(shape_XYZ)} must be divisible by {factor} along every axis")
+
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens to themselves, or to a context."""
+
+    def __init__(self, features: int, heads: int, context_features: int | None = None) -> None:
+        super().__init__()
+        self.heads = heads
+        source = features if context_features is None else context_features
+        self.to_q = nn.Linear(features, features, bias=False)
+        self.to_k = nn.Linear(source, features, bias=False)
+        self.to_v = nn.Linear(source, features, bias=False)
+        self.out_proj = nn.Linear(features, features)
+
+    def forward(self, x_BNF: torch.Tensor, context_BNF: torch.Tensor | None = None) -> torch.Tensor:
+        source = x_BNF if context_BNF is None else context_BNF
+        if source.shape[1] == 1:
+            # A softmax over one token is 1: queries and keys have no say, and one row serves all tokens.
+            return self.out_proj(self.to_v(source)).expand(-1, x_BNF.shape[1], -1)
+        q, k, v = (self._split(t) for t in (self.to_q(x_BNF), self.to_k(source), self.to_v(source)))
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+    def _split(self, x_BNF: torch.Tensor) -> torch.Tensor:
+        return x_BNF.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+
+class GatedFeedForward(nn.Module):
+    """GEGLU (Shazeer 2020): one half of a linear map gated by the GELU of the other."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(features, 8 * features)
+        self.linear2 = nn.Linear(4 * features, features)
+
+    def forward(self, x_BNF: torch.Tensor) -> torch.Tensor:
+        value, gate = self.linear1(x_BNF).chunk(2, dim=-1)
+        return self.linear2(value * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the context, feed-forward, each on normalised tokens and added to them."""
+
+    def __init__(self, features: int, heads: int, context_features: int) -> None:
+        super().__init__()
+        self.attn1 = Attention(features, heads)
+        self.attn2 = Attention(features, heads, context_features)
+        self.ff = GatedFeedForward(features)
+        self.norm1 = nn.LayerNorm(features)
+        self.norm2 = nn.LayerNorm(features)
+        self.norm3 = nn.LayerNorm(features)
+
+    def forward(self, x_BNF: torch.Tensor, context_BNF: torch.Tensor) -> torch.Tensor:
+        x_BNF = x_BNF + self.attn1(self.norm1(x_BNF))
+        x_BNF = x_BNF + self.attn2(self.norm2(x_BNF), context_BNF)
+        return x_BNF + self.ff(self.norm3(x_BNF))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over all voxels of a feature map, told the context."""
+
+    def __init__(self, channels: int, head_channels: int, context_features: int, groups: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps)
+        self.proj_in = Convolution(channels, channels, kernel=1)
+        block = TransformerBlock(channels, channels // head_channels, context_features)
+        self.transformer_blocks = nn.ModuleList([block])
+        self.proj_out = zeroed(Convolution(channels, channels, kernel=1))
+
+    def forward(self, x_BCXYZ: torch.Tensor, context_BNF: torch.Tensor) -> torch.Tensor:
+        h_BCXYZ = self.proj_in(self.norm(x_BCXYZ))
+        h_BNF = h_BCXYZ.flatten(2).transpose(1, 2)
+        for block in self.transformer_blocks:
+            h_BNF = block(h_BNF, context_BNF)
+        h_BCXYZ = h_BNF.transpose(1, 2).unflatten(2, x_BCXYZ.shape[2:])
+        return x_BCXYZ + self.proj_out(h_BCXYZ.contiguous(memory_format=torch.channels_last_3d))
