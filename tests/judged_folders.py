@@ -38,8 +38,11 @@ class BlobMeasure:
         scale = 1.0 if image.data_XYZ.max() <= 1.5 else float(image.data_XYZ.max())
         unit_XYZ = image.data_XYZ / scale
         inside = unit_XYZ[unit_XYZ > 0.1]
-        dark = float(np.clip((0.8 - inside) / 0.6, 0, 1).sum()) * image.voxel_mm3
-        return Found(dark * (1 + self.error), float(inside.size * image.voxel_mm3) - dark, {"voxels": float(inside.size)})
+        core = inside[inside < 0.6]  # darker than any texture
+        dark = float(np.clip((0.8 - core) / 0.6, 0, 1).sum()) * image.voxel_mm3
+        return Found(
+            dark * (1 + self.error), float(inside.size * image.voxel_mm3) - dark, {"voxels": float(inside.size)}
+        )
 
 
 def blob(ventricles_mm3: float, person: int, grid: Grid = TINY) -> np.ndarray:

@@ -10,6 +10,7 @@ differently left and right. Everything is solved on one 2 mm lattice, so that a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from brainldm.cohort.flow import Fields, Ladder, exponential, sample, smooth_fie
 from brainldm.cohort.population import Person
 
 LATTICE = GRIDS["2mm"]
+TYPICAL_SULCAL_GAIN = 1.5
 MARGIN_MM = 14.0  # how far outside the anatomy's head a point of the person's can come from
 
 
@@ -79,30 +81,33 @@ def deform(person: Person, fields: Fields, seed: int, index: int, shape: Shape |
     inside = np.clip(depth_mm / LATTICE.voxel_mm + 0.5, 0, 1)
     sulcal_share = sample(uneven_sulci, gain_grid, head_3N, 1.0)
 
-    def follow(which: np.ndarray | slice, sulcal_gain: float, ventricular_gain: float) -> np.ndarray:
-        between_3N = fields.sulcal.move(head_3N[:, which], sulcal_gain * sulcal_share[which])
-        ventricular_share = sample(uneven_ventricles, gain_grid, between_3N, 1.0)
-        return fields.ventricular.move(between_3N, ventricular_gain * ventricular_share)
+    def sulci(which: np.ndarray | slice, gain: float) -> np.ndarray:
+        return fields.sulcal.move(head_3N[:, which], gain * sulcal_share[which])
 
-    # Volumes. The sulcal flow spares the ventricles' surroundings, so one gain can be found after the other.
-    central = np.flatnonzero(sample(fields.ventricle_distance_XYZ, fields.grid, head_3N, 99.0) < 25)
+    def ventricles(points_3N: np.ndarray, gain: float) -> np.ndarray:
+        return fields.ventricular.move(points_3N, gain * sample(uneven_ventricles, gain_grid, points_3N, 1.0))
+
+    # Volumes. The sulcal flow spares the ventricles' surroundings, so one gain can be found after the other. The
+    # ventricular flow moves nothing by more than 14 mm.
+    central = np.flatnonzero(sample(fields.ventricle_distance_XYZ, fields.grid, head_3N, 99.0) < 16)
+    central_3N = sulci(central, TYPICAL_SULCAL_GAIN)
 
     def ventricles_mm3(gain: float) -> float:
-        at_3N = follow(central, 1.5, gain)
-        soft = sample(fields.anatomy.ventricles_XYZ, fields.anatomy.grid, at_3N)
+        soft = sample(fields.anatomy.ventricles_XYZ, fields.anatomy.grid, ventricles(central_3N, gain))
         return float(soft.sum(dtype=np.float64)) * LATTICE.voxel_mm3
 
     ventricular_gain = _gain_for(person.ventricles_mm3, ventricles_mm3, fields.ventricular)
     few = _every_other(near)  # along each axis: 4 mm apart is enough for a volume as large as the brain's
 
     def brain_fraction(gain: float) -> float:
-        tissue = sample(fields.tissue_XYZ, fields.grid, follow(few, gain, ventricular_gain))
+        tissue = sample(fields.tissue_XYZ, fields.grid, ventricles(sulci(few, gain), ventricular_gain))
         return float(np.minimum(tissue, inside[few]).sum(dtype=np.float64) / inside[few].sum(dtype=np.float64))
 
     sulcal_gain = _gain_for(person.brain_fraction, brain_fraction, fields.sulcal)
+    anatomy_3N = ventricles(sulci(slice(None), sulcal_gain), ventricular_gain)
 
     displacement = np.zeros((3, affine_3N.shape[1]), np.float32)
-    displacement[:, near] = follow(slice(None), sulcal_gain, ventricular_gain) - affine_3N[:, near]
+    displacement[:, near] = anatomy_3N - affine_3N[:, near]
     head_depth = np.full(affine_3N.shape[1], -99, np.float32)
     head_depth[near] = depth_mm
     return Deformation(
@@ -113,6 +118,49 @@ def deform(person: Person, fields: Fields, seed: int, index: int, shape: Shape |
         ventricular_gain,
         sulcal_gain,
     )
+
+
+def warped_labels(deformation: Deformation, fields: Fields, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    """The person's soft labels on `grid`, and the distance (mm) to the ventricles before the head was deformed.
+
+    Labels are looked up at points half a voxel apart (but at most 1 mm) and averaged over each voxel.
+    """
+    fine, factor = {"paper": ("paper", 1), "2mm": ("paper", 2), "4mm": ("2mm", 2)}[grid.name]
+    points_grid = GRIDS[fine]
+    displacement, depth = deformation.displacement_CXYZ, deformation.head_depth_XYZ
+    if points_grid.voxel_mm < LATTICE.voxel_mm:
+        displacement, depth = np.stack([_doubled(c) for c in displacement]), _doubled(depth)
+    head = np.clip(depth.ravel() / points_grid.voxel_mm + 0.5, 0, 1)
+    inside = np.flatnonzero(head > 0)
+    affine_3N = points_of(points_grid, deformation.centre_mm, deformation.stretch)
+    points = affine_3N[:, inside] + displacement.reshape(3, -1)[:, inside]
+    anatomy = fields.anatomy
+    space = head[inside]
+    soft = (anatomy.grey_XYZ, anatomy.white_XYZ, anatomy.ventricles_XYZ)
+    tissue = [sample(data, anatomy.grid, points) for data in soft]
+    # At the rim a point can be mostly air and yet come from tissue: the labels share what there is of head.
+    too_much = np.maximum(sum(tissue) / np.maximum(space, 1e-6), 1)
+    grey, white, ventricles = (t / too_much for t in tissue)
+    csf = np.maximum(space - grey - white - ventricles, 0)
+    distance = sample(fields.ventricle_distance_XYZ, fields.grid, points, 99.0)
+    values = np.zeros((5, head.size), np.float32)
+    for row, value in zip(values, (csf, grey, white, ventricles, distance)):
+        row[inside] = value
+    x, y, z = grid.shape_XYZ
+    means = values.reshape(5, x, factor, y, factor, z, factor).mean(axis=(2, 4, 6), dtype=np.float32)
+    return means[:4], means[4]
+
+
+def _doubled(data_XYZ: np.ndarray) -> np.ndarray:
+    """Linear interpolation to voxels of half the size in the same box, one axis at a time."""
+    for axis in range(3):
+        data = np.moveaxis(data_XYZ, axis, 0)
+        padded = np.concatenate([data[:1], data, data[-1:]])
+        doubled = np.empty((2 * len(data), *data.shape[1:]), np.float32)
+        doubled[0::2] = 0.75 * data + 0.25 * padded[:-2]
+        doubled[1::2] = 0.75 * data + 0.25 * padded[2:]
+        data_XYZ = np.moveaxis(doubled, 0, axis)
+    return np.ascontiguousarray(data_XYZ)
 
 
 def points_of(grid: Grid, centre_mm: np.ndarray, stretch: np.ndarray) -> np.ndarray:
@@ -159,10 +207,15 @@ def _displaced(points_3N: np.ndarray, grid: Grid, displacement_CXYZ: np.ndarray)
 def _gain_for(target: float, volume_at: Callable[[float], float], ladder: Ladder) -> float:
     """The gain at which `volume_at` (monotone) gives the target, or the end of the ladder that comes nearest."""
     low, high = ladder.first_gain, ladder.last_gain
-    off_low, off_high = volume_at(low) - target, volume_at(high) - target
+
+    def off(gain: float) -> float:  # in logarithms, where it is nearly a straight line
+        return math.log(max(volume_at(gain), 1e-9) / target)
+
+    off_low, off_high = off(low), off(high)
     if off_low * off_high > 0:
         return low if abs(off_low) < abs(off_high) else high
-    return float(brentq(lambda gain: volume_at(gain) - target, low, high, xtol=0.01))
+    known = {low: off_low, high: off_high}
+    return float(brentq(lambda gain: known.get(gain) or off(gain), low, high, xtol=0.01))
 
 
 def _every_other(flat_indices: np.ndarray) -> np.ndarray:

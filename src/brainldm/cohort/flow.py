@@ -82,7 +82,7 @@ def fields_of(anatomy: Anatomy) -> Fields:
         -ventricle_depth,
         _halved(anatomy.grey_XYZ + anatomy.white_XYZ),
         _ladder(grid, ventricular, first_gain=-6.0, last_gain=15.0, rung=1.5),
-        _ladder(grid, sulcal, first_gain=-1.5, last_gain=4.5, rung=0.75),
+        _ladder(grid, sulcal, first_gain=-1.5, last_gain=4.5, rung=1.5),
     )
 
 

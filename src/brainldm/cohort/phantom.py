@@ -8,18 +8,42 @@ smooth sulci: scores on phantoms prove the machinery, not clinical realism.
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from brainldm.base.volume import GRIDS, Grid
-from brainldm.cohort.anatomy import LABELS, Anatomy, template_anatomy
+import brainldm
+from brainldm.base.derivative import SPACE, SPACE_REFERENCE, dataset_description, t1w_sidecar
+from brainldm.base.errors import UsageError
+from brainldm.base.files import locked_folder, read_json, sha256_of, write_json, write_text
+from brainldm.base.manifest import Manifest
+from brainldm.base.nifti import Written, write_nifti
+from brainldm.base.pool import each_in_a_pool
+from brainldm.base.progress import Progress, Quiet
+from brainldm.base.streams import stream
+from brainldm.base.tables import write_table
+from brainldm.base.volume import Grid
+from brainldm.cohort.anatomy import LABELS, Anatomy, label_map_anatomy, label_maps_in, template_anatomy
 from brainldm.cohort.appearance import Appearance, paint
-from brainldm.cohort.deformation import LATTICE, Deformation, Shape, deform, points_of
-from brainldm.cohort.flow import fields_of, sample
+from brainldm.cohort.deformation import Deformation, Shape, deform, warped_labels
+from brainldm.cohort.flow import fields_of
 from brainldm.cohort.population import Person, Population, draw_person
 
-__all__ = ["LABELS", "Person", "Phantom", "PhantomConfig", "Population", "draw_person", "make_phantom"]
+__all__ = [
+    "LABELS",
+    "Person",
+    "Phantom",
+    "PhantomConfig",
+    "Population",
+    "draw_person",
+    "make_phantom",
+    "write_phantom_study",
+]
 
 
 @dataclass(frozen=True)
@@ -68,10 +92,12 @@ def make_phantom(
     """The phantom of `person` on one of the GRIDS; shape, look and noise belong to (seed, index)."""
     config = config or PhantomConfig()
     anatomy = anatomy or template_anatomy()
-    deformation = deform(person, fields_of(anatomy), seed, index, config.shape)
-    labels_LXYZ, distance_XYZ = warped_labels(deformation, anatomy, grid)
+    fields = fields_of(anatomy)
+    deformation = deform(person, fields, seed, index, config.shape)
+    labels_LXYZ, distance_XYZ = warped_labels(deformation, fields, grid)
     painted = paint(labels_LXYZ, distance_XYZ, grid, person.age_years, seed, index, config.appearance)
-    csf, grey, white, ventricles = (float(s) * grid.voxel_mm3 for s in labels_LXYZ.sum(axis=(1, 2, 3), dtype=np.float64))
+    sums = labels_LXYZ.sum(axis=(1, 2, 3), dtype=np.float64)
+    csf, grey, white, ventricles = (float(s) * grid.voxel_mm3 for s in sums)
     head_mm3 = csf + grey + white + ventricles
     return Phantom(
         person,
@@ -87,43 +113,229 @@ def make_phantom(
     )
 
 
-def warped_labels(deformation: Deformation, anatomy: Anatomy, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """The person's soft labels on `grid`, and the distance (mm) to the ventricles before the head was deformed.
+# ------------------------------------------------------------------------------------------------------ as a BIDS study
 
-    Labels are looked up at points half a voxel apart (but at most 1 mm) and averaged over each voxel.
+_COLUMNS = {
+    "age": {"Description": "Age given to the phantom", "Units": "year"},
+    "sex": {"Description": "Sex given to the phantom", "Levels": {"F": "female", "M": "male"}},
+    "ventricles_mm3": {
+        "Description": "Volume of the lateral ventricles in the image, from the soft labels at the image's resolution; "
+        "not normalised for head size",
+        "Units": "mm^3",
+    },
+    "brain_mm3": {
+        "Description": "Volume of grey and white matter, from the soft labels at the image's resolution, times the "
+        "MNI152 template's head volume over this head's",
+        "Units": "mm^3",
+    },
+    "head_mm3": {
+        "Description": "Volume of everything inside the skull in the image (CSF, grey, white, ventricles)",
+        "Units": "mm^3",
+    },
+}
+
+_README = """\
+# {name}
+
+T1-weighted brain images of nobody, with a known anatomy: {source} deformed, aged and painted from random numbers.
+They exist to test software against a known truth. **Scores on them prove the machinery, not clinical realism:**
+{limits}
+
+`participants.tsv` holds the truth about each image: the volumes are measured on its own soft labels at its own
+resolution. `*_dseg.nii.gz` are the same labels made hard (`dseg.tsv` names them), so volumes counted from them differ
+by partial voluming. Images are skull-stripped, in 0..1 and rigidly in MNI space: heads have their own size.
+
+Everything follows from the seed: person *i* is the same in a population of any size. `manifest.jsonl` lists each
+image with its SHA-256; the command that wrote this folder makes what is missing. `phantom.json` holds all constants.
+
+{notice}
+"""
+_ONE_ANATOMY = """all share one anatomy, with the smooth sulci of an average brain; folding, pathology and scanners
+vary far more in people."""
+_SOME_ANATOMIES = """they share the folding of a few label maps; pathology and scanners vary far more in people."""
+# The template's terms ask that this notice go with what is made from it.
+_MNI_NOTICE = """The anatomy is that of the ICBM 152 Nonlinear Symmetric template 2009a (Fonov et al. 2009), as
+distributed with nilearn: Copyright (C) 1993-2009 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological
+Institute, McGill University."""
+_LABELS_NOTICE = "The terms of the label maps apply to the images made from them."
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One person to make: everything a worker process needs."""
+
+    out: Path
+    grid: Grid
+    seed: int
+    index: int
+    label_map: Path | None
+    config: PhantomConfig
+
+
+def write_phantom_study(
+    out: Path,
+    *,
+    n: int,
+    grid: Grid,
+    seed: int,
+    labels: Path | None = None,
+    workers: int = 1,
+    progress: Progress = Quiet(),  # noqa: B008  # stateless
+) -> None:
+    """Writes phantoms 0 to n - 1 as a BIDS derivative dataset, or makes what is missing of it.
+
+    `labels` is a folder of label maps (FreeSurfer numbers) to use instead of the template. People beyond `n` that the
+    folder holds already are kept. UsageError when it was made with another seed, grid or anatomy, or holds anything
+    else.
     """
-    fine, factor = {"paper": ("paper", 1), "2mm": ("paper", 2), "4mm": ("2mm", 2)}[grid.name]
-    points_grid = GRIDS[fine]
-    displacement, depth = deformation.displacement_CXYZ, deformation.head_depth_XYZ
-    if points_grid.voxel_mm < LATTICE.voxel_mm:
-        displacement, depth = np.stack([_doubled(c) for c in displacement]), _doubled(depth)
-    head = np.clip(depth.ravel() / points_grid.voxel_mm + 0.5, 0, 1)
-    inside = np.flatnonzero(head > 0)
-    affine_3N = points_of(points_grid, deformation.centre_mm, deformation.stretch)
-    points = affine_3N[:, inside] + displacement.reshape(3, -1)[:, inside]
-    fields = fields_of(anatomy)
-    space = head[inside]
-    tissue = [sample(data, anatomy.grid, points) for data in (anatomy.grey_XYZ, anatomy.white_XYZ, anatomy.ventricles_XYZ)]
-    # At the rim a point can be mostly air and yet come from tissue: the labels share what there is of head.
-    too_much = np.maximum(sum(tissue) / np.maximum(space, 1e-6), 1)
-    grey, white, ventricles = (t / too_much for t in tissue)
-    csf = np.maximum(space - grey - white - ventricles, 0)
-    distance = sample(fields.ventricle_distance_XYZ, fields.grid, points, 99.0)
-    values = np.zeros((5, head.size), np.float32)
-    for row, value in zip(values, (csf, grey, white, ventricles, distance)):
-        row[inside] = value
-    x, y, z = grid.shape_XYZ
-    means = values.reshape(5, x, factor, y, factor, z, factor).mean(axis=(2, 4, 6), dtype=np.float32)
-    return means[:4], means[4]
+    if n < 1 or workers < 1:
+        raise UsageError(f"{n} people by {workers} workers were asked for.", remedy="Ask for at least 1 of each.")
+    out = Path(out)
+    config = PhantomConfig()
+    label_maps = [] if labels is None else label_maps_in(labels)
+    with locked_folder(out):
+        _record_or_compare(out, _facts(grid, seed, label_maps, config))
+        manifest = Manifest(out / "manifest.jsonl")
+        done = _proven(out, manifest)
+        choices = {i: _anatomy_choice(seed, i, label_maps) for i in range(n) if i not in done}
+        tasks = [_Task(out, grid, seed, i, label_map, config) for i, label_map in choices.items()]
+        # People of one anatomy together: it takes seconds to set up and memory to keep.
+        tasks.sort(key=lambda task: (str(task.label_map), task.index))
+        progress.start("making phantoms", n, n - len(tasks))
+        for task, outcome in each_in_a_pool(_make_and_write, tasks, workers=workers):
+            if isinstance(outcome, Exception):
+                raise outcome
+            manifest.append(**outcome)
+            done[task.index] = outcome
+            progress.advance(1, outcome["participant_id"])
+        _write_descriptions(out, [done[i] for i in sorted(done)], grid, seed, bool(label_maps))
 
 
-def _doubled(data_XYZ: np.ndarray) -> np.ndarray:
-    """Linear interpolation to voxels of half the size in the same box, one axis at a time."""
-    for axis in range(3):
-        data = np.moveaxis(data_XYZ, axis, 0)
-        padded = np.concatenate([data[:1], data, data[-1:]])
-        doubled = np.empty((2 * len(data), *data.shape[1:]), np.float32)
-        doubled[0::2] = 0.75 * data + 0.25 * padded[:-2]
-        doubled[1::2] = 0.75 * data + 0.25 * padded[2:]
-        data_XYZ = np.moveaxis(doubled, 0, axis)
-    return np.ascontiguousarray(data_XYZ)
+def _facts(grid: Grid, seed: int, label_maps: list[Path], config: PhantomConfig) -> dict[str, Any]:
+    return {
+        "kind": "phantom study",
+        "seed": seed,
+        "grid": {"name": grid.name, "shape": grid.shape_XYZ, "voxel_mm": grid.voxel_mm, "origin_mm": grid.origin_mm},
+        "anatomies": {p.name: sha256_of(p) for p in label_maps} or "MNI152",
+        "constants": dataclasses.asdict(config),
+        "software": {"brainldm": brainldm.__version__, "numpy": np.__version__},
+    }
+
+
+def _record_or_compare(out: Path, facts: dict[str, Any]) -> None:
+    path = out / "phantom.json"
+    if not path.exists():
+        others = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
+        if others:
+            raise UsageError(
+                f"the output folder is in use: it holds {others[0]} and is no phantom study.",
+                remedy="Choose an empty or a new folder.",
+                path=out,
+                reason="in_use",
+            )
+        write_json(path, facts)
+        return
+    there, asked = read_json(path), json.loads(json.dumps(facts))
+    same = isinstance(there, dict)
+    differing = [name for name in asked if name != "software" and not (same and there.get(name) == asked[name])]
+    if differing:
+        said = [f"{name} {_short(there.get(name)) if same else '?'} there, {_short(asked[name])} asked" for name in differing]
+        raise UsageError(
+            f"this folder holds other phantoms ({'; '.join(said)}).",
+            remedy="Give the same seed, grid and labels to finish it, or another folder.",
+            path=out,
+            reason="other_config",
+        )
+
+
+def _short(value: object) -> str:
+    name = value.get("name", f"of {len(value)} entries") if isinstance(value, dict) else value
+    return str(name)
+
+
+def _proven(out: Path, manifest: Manifest) -> dict[int, dict[str, Any]]:
+    """The people whose image and labels are both there with the bytes that the manifest states."""
+    images = manifest.proven(out, full=True)
+    return {i: r for i, r in images.items() if _is_intact(out, r["dseg"])}
+
+
+def _is_intact(out: Path, record: Mapping[str, Any]) -> bool:
+    path = out / record["file"]
+    return path.is_file() and path.stat().st_size == record["bytes"] and sha256_of(path) == record["sha256"]
+
+
+def _anatomy_choice(seed: int, index: int, label_maps: list[Path]) -> Path | None:
+    if not label_maps:
+        return None
+    return label_maps[int(stream(seed, "phantom anatomy", index).integers(len(label_maps)))]
+
+
+def _make_and_write(task: _Task) -> dict[str, Any]:
+    """Makes one person and writes their files; returns the manifest's record."""
+    person = draw_person(task.seed, task.index, task.config.population)
+    anatomy = None if task.label_map is None else label_map_anatomy(task.label_map)
+    phantom = make_phantom(person, task.grid, task.seed, task.index, anatomy, task.config)
+    participant_id = f"sub-{task.index + 1:04d}"
+    stem = f"{participant_id}/anat/{participant_id}_space-{SPACE}_desc-phantom"
+    about = f"PHANTOM brainldm {brainldm.__version__}"
+    hard_XYZ = phantom.hard_labels_XYZ
+    dseg = write_nifti(task.out / f"{stem}_dseg.nii.gz", hard_XYZ, task.grid.affine, dtype="uint8", description=about)
+    image = write_nifti(
+        task.out / f"{stem}_T1w.nii.gz", phantom.image_XYZ, task.grid.affine, dtype="int16_unit", description=about
+    )
+    return {
+        "index": task.index,
+        "participant_id": participant_id,
+        **_entry(image, f"{stem}_T1w.nii.gz"),
+        "dseg": _entry(dseg, f"{stem}_dseg.nii.gz"),
+        "anatomy": "MNI152" if task.label_map is None else task.label_map.name,
+        "age": person.age_years,
+        "sex": person.sex,
+        "ventricles_mm3": round(phantom.ventricles_mm3, 1),
+        "brain_mm3": round(phantom.brain_mm3, 1),
+        "head_mm3": round(phantom.head_mm3, 1),
+    }
+
+
+def _entry(written: Written, file: str) -> dict[str, Any]:
+    return {"file": file, "bytes": written.bytes, "sha256": written.sha256}
+
+
+def _write_descriptions(out: Path, records: list[dict[str, Any]], grid: Grid, seed: int, from_labels: bool) -> None:
+    """Everything but the images, last: a study that was interrupted is not mistaken for a whole one."""
+    # The same records in the order of their index, so that equal studies are equal files.
+    lines = (json.dumps(record, allow_nan=False, ensure_ascii=False) for record in records)
+    write_text(out / "manifest.jsonl", "".join(f"{line}\n" for line in lines))
+    name = f"Phantom brains, seed {seed}, {grid.voxel_mm:g} mm"
+    notice = _LABELS_NOTICE if from_labels else _MNI_NOTICE
+    readme = _README.format(
+        name=name,
+        source="label maps" if from_labels else "one template",
+        limits=_SOME_ANATOMIES if from_labels else _ONE_ANATOMY,
+        notice=notice,
+    )
+    write_text(out / "README.md", readme)
+    write_text(out / ".bidsignore", "phantom.json\nmanifest.jsonl\n")
+    write_json(out / "dataset_description.json", dataset_description(name, "Phantom population with known anatomy"))
+    write_json(
+        out / f"space-{SPACE}_desc-phantom_T1w.json",
+        t1w_sidecar(
+            "Simulated T1-weighted image with a known anatomy; no person was scanned for it",
+            skull_stripped=True,
+            voxel_mm=grid.voxel_mm,
+            SyntheticData=True,
+        ),
+    )
+    write_json(
+        out / f"space-{SPACE}_desc-phantom_dseg.json",
+        {
+            "Description": "The labels that the image was made from, each voxel given to the largest",
+            "SpatialReference": SPACE_REFERENCE,
+            "Manual": False,
+        },
+    )
+    tissues = ("Background", "Cerebrospinal fluid outside the lateral ventricles", "Grey matter", "White matter")
+    names = enumerate((*tissues, "Lateral ventricles"))
+    write_table(out / "dseg.tsv", ("index", "name"), ({"index": i, "name": label} for i, label in names))
+    write_table(out / "participants.tsv", ("participant_id", *_COLUMNS), records)
+    write_json(out / "participants.json", _COLUMNS)

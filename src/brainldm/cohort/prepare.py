@@ -240,7 +240,7 @@ def _facts(study: Study, config: PrepareConfig, earlier: Mapping[str, Any]) -> d
         "config": config.to_json(),
         "preprocessing": earlier.get("preprocessing", {}),
         "source": {"name": study.name},
-        "moved_to_fill_a_split": earlier.get("moved_to_fill_a_split", {}),
+        "moved_to_fill_a_split": earlier.get("moved_to_fill_a_split"),
         "versions": {"brainldm": brainldm.__version__} | {p: importlib.metadata.version(p) for p in packages},
     }
 
@@ -366,6 +366,7 @@ def _finish(
     first_of = {p.id: min((p.id, *p.same_image_as)) for p in people}
     of_first = assign_splits(set(first_of.values()), seed=config.seed, holdout=config.holdout, moved=moved)
     splits = {i: of_first[first] for i, first in first_of.items()}
+    moved_now = (moved or {}) | moved_people(of_first, seed=config.seed, holdout=config.holdout)
     failures.sort(key=lambda f: (f.participant_id, f.file, f.reason))
     write_cohort_tables(out, study, config, people, splits, failures)
     counts = {split: list(splits.values()).count(split) for split in ("train", "validation", "test")}
@@ -378,7 +379,7 @@ def _finish(
             "intensities": "min-max" if config.percentile is None else f"0 to percentile {config.percentile:g}",
             "volumes": config.to_json()["volumes"],
         },
-        "moved_to_fill_a_split": moved | moved_people(of_first, seed=config.seed, holdout=config.holdout),
+        "moved_to_fill_a_split": moved_now if people else None,
         "counts": {"people": len(people), **counts, "failures": len(failures)},
         "finished": bool(people),
     }

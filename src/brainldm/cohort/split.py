@@ -34,21 +34,23 @@ def split_of(participant_id: str, seed: int, holdout: float) -> Split:
 
 
 def assign_splits(
-    participant_ids: Collection[str], *, seed: int, holdout: float, moved: Mapping[str, Split]
+    participant_ids: Collection[str], *, seed: int, holdout: float, moved: Mapping[str, Split] | None
 ) -> dict[str, Split]:
-    """Everybody's split. `moved` are those whom an earlier call took out of their own, and who stay so.
+    """Everybody's split. `moved` are those whom the first call took out of their own (`moved_people`); None is that
+    first call.
 
-    Chance can leave a split of a small study empty. Then one person is moved there: from train, the one whose number
-    is nearest; nobody else changes, and `moved_people` of the result is to be kept for the next call.
+    Chance can leave a split of a small study empty. Then, and only when the study is first split, one person of train
+    is moved there: the one whose number is nearest. People who come later go where their number says.
     """
     check_holdout(holdout)
-    splits = {i: moved.get(i, split_of(i, seed, holdout)) for i in sorted(participant_ids)}
+    splits = {i: (moved or {}).get(i, split_of(i, seed, holdout)) for i in sorted(participant_ids)}
+    if moved is not None:
+        return splits
     by_place = sorted(splits, key=lambda i: place_of(i, seed))
-    if holdout > 0:
-        for split in ("validation", "test"):
-            in_train = [i for i in by_place if splits[i] == "train"]
-            if split not in splits.values() and len(splits) >= _PEOPLE_FOR[split] and len(in_train) > 1:
-                splits[in_train[0]] = split
+    for split in ("validation", "test") if holdout > 0 else ():
+        in_train = [i for i in by_place if splits[i] == "train"]
+        if split not in splits.values() and len(splits) >= _PEOPLE_FOR[split] and len(in_train) > 1:
+            splits[in_train[0]] = split
     if splits and "train" not in splits.values():
         splits[by_place[-1]] = "train"
     return splits

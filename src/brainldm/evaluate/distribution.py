@@ -81,8 +81,7 @@ def _distance(
     other = (1 - members) @ everyone / (len(everyone) - first)
     chance = between(one, other)
     low, high = np.quantile(chance, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
-    n = few
     return Distance(
-        Estimate(observed, n=n, reason="compare with what chance gives"),
-        Estimate(float(chance.mean()), low, high, n, f"{DIVISIONS} random divisions"),
+        Estimate(observed, n=len(synthetic), reason="compare with what chance gives"),
+        Estimate(float(chance.mean()), low, high, len(real), f"{DIVISIONS} random divisions"),
     )

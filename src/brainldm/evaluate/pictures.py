@@ -53,8 +53,9 @@ def draw_pictures(
                 files = {view: f"{side}-{number:03d}-{view}.png" for view in VIEWS}
                 for view, file in files.items():
                     write_bytes(folder / file, grey_png(middle_slice(data_XYZ, view), white=white))
-                person = {"participant_id": look.image.participant_id} if side == "synthetic" else {}
-                listed.append({"side": side, **person, "views": files})
+                # A real person's picture is not tied to their row anywhere.
+                tie = {"sha256": look.sha256} if side == "synthetic" else {}
+                listed.append({"side": side, **tie, "views": files})
     write_json(folder / "figures.json", {"white": white, "images": listed})
     kept = {file for entry in listed for file in entry["views"].values()}  # type: ignore[attr-defined]
     for path in folder.glob("*.png"):

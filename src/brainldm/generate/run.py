@@ -132,8 +132,8 @@ def _record_or_compare(out: Path, facts: dict[str, Any], rows: list[PlanRow]) ->
     if not path.exists():
         if any(out.glob("[!.]*")):
             raise UsageError("the folder is not empty and holds no brains of ours.", remedy="Choose another.", path=out)
-        write_plan(out / "plan.tsv", rows)
         write_json(path, facts)
+        write_plan(out / "plan.tsv", rows)
         return
     recorded = read_json(path)
     different = [
@@ -141,8 +141,10 @@ def _record_or_compare(out: Path, facts: dict[str, Any], rows: list[PlanRow]) ->
         for name, value in facts.items()
         if name not in _MAY_DIFFER and recorded.get(name) != value
     ]
-    planned = [(row.index, row.covariates) for row in read_plan(out / "plan.tsv")]
-    if not different and planned != [(row.index, row.covariates) for row in rows]:
+    plan = out / "plan.tsv"
+    if not different and not plan.exists():
+        write_plan(plan, rows)  # stopped between the two files, so before the first brain
+    if not different and [row.covariates for row in read_plan(plan)] != [row.covariates for row in rows]:
         different = ["plan: other covariates"]
     if different:
         raise UsageError(

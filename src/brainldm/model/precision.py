@@ -26,12 +26,25 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
-def choose_precision(name: str, device: torch.device) -> str:
-    """fp32 or bf16; `auto` takes bf16 where the processor multiplies in it (CUDA, AMX, AVX512-BF16), else fp32."""
+def choose_precision(name: str, device: torch.device, *, trained_side: int | None = None) -> str:
+    """fp32 or bf16; `auto` takes bf16 where the processor multiplies in it (CUDA, AMX, AVX512-BF16), else fp32.
+
+    `trained_side` is the smallest side of a feature map that a training goes back through. Below 3 voxels oneDNN's
+    bfloat16 convolution (torch 2.13) returns weight gradients that are not finite now and then; from 3 on they agree
+    with float32 to 0.3 %. So such a training is refused bf16, and `auto` takes fp32.
+    """
     if name not in PRECISIONS:
         raise UsageError(f"no precision is named {name!r}.", remedy=f"Choose one of: {', '.join(PRECISIONS)}.")
+    wrong_gradients = device.type == "cpu" and trained_side is not None and trained_side < 3
+    if name == "bf16" and wrong_gradients:
+        raise UsageError(
+            f"bf16 gradients are wrong on this processor for feature maps {trained_side} voxels wide.",
+            remedy="Use --precision fp32.",
+        )
     if name != "auto":
         return name
+    if wrong_gradients:
+        return "fp32"
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     return "bf16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "fp32"

@@ -86,13 +86,20 @@ def optimiser_tensors(name: str, optimiser: torch.optim.Optimizer) -> dict[str, 
 
 
 def restore_optimiser(name: str, optimiser: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Puts saved moments back; the optimiser must be built for the same parameters."""
+    """Puts saved moments back; the optimiser must be built for the same parameters.
+
+    Moments get the memory layout of their parameter: the fused kernels walk through both as they lie in memory, and
+    would pair the wrong elements.
+    """
     prefix = f"optimiser/{name}/"
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith(prefix):
             index, entry = key.removeprefix(prefix).split("/")
-            state.setdefault(int(index), {})[entry] = tensor
+            parameter = parameters[int(index)]
+            laid_out = torch.empty_like(parameter).copy_(tensor) if tensor.shape == parameter.shape else tensor
+            state.setdefault(int(index), {})[entry] = laid_out.detach()
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 

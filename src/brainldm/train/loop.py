@@ -168,23 +168,23 @@ class _Log:
         for path in self._paths:
             _keep_up_to(path, done)
         self._files = tuple(path.open("a", encoding="utf-8") for path in self._paths)
-        self._recent: list[dict[str, float]] = []
 
     def write(self, figures: dict[str, float], seconds: float) -> None:
         log, timing = self._files
         log.write(json.dumps(figures, allow_nan=False) + "\n")
         timing.write(json.dumps({"step": figures["step"], "seconds": round(seconds, 3)}) + "\n")
-        self._recent = [*self._recent[-49:], figures]
 
     def flush(self) -> None:
         for file in self._files:
             file.flush()
 
     def mean_of_last(self, count: int) -> dict[str, float]:
+        """Means over the last `count` steps of what the last of them logged."""
         self.flush()
-        rows = self._recent[-count:]
-        names = rows[-1].keys() - {"step"} if rows else set()
-        return {name: sum(row[name] for row in rows) / len(rows) for name in sorted(names)}
+        rows = [json.loads(line) for line in self._paths[0].read_text(encoding="utf-8").splitlines()[-count:]]
+        names = sorted(rows[-1].keys() - {"step"}) if rows else []
+        given = {name: [row[name] for row in rows if name in row] for name in names}
+        return {name: sum(values) / len(values) for name, values in given.items()}
 
 
 def _keep_up_to(path: Path, step: int) -> None:

@@ -112,7 +112,9 @@ class _Run:
         progress: Progress,
     ) -> None:
         self.recipe, self.cohort, self.out, self.device, self.progress = recipe, cohort, out, device, progress
-        self.precision = choose_precision(precision, device)
+        downsampling = recipe.autoencoder.net.downsampling * 2 ** (len(recipe.diffusion.channels) - 1)
+        smallest_side = min(cohort.grid.shape_XYZ) // downsampling
+        self.precision = choose_precision(precision, device, trained_side=smallest_side)
         self.train = VolumeDataset(cohort, "train")
         self.validation = VolumeDataset(cohort, "validation")
 
@@ -121,11 +123,12 @@ class _Run:
     def check_and_record(self) -> None:
         """Refuses what cannot be trained, then records the run, or compares it with the one recorded here."""
         check_trainable(self.train, self.recipe.autoencoder.batch)
-        downsampling = self.recipe.autoencoder.net.downsampling
+        halvings = len(self.recipe.diffusion.channels) - 1
+        downsampling = self.recipe.autoencoder.net.downsampling * 2**halvings
         if any(n % downsampling for n in self.cohort.grid.shape_XYZ):
             raise UsageError(
-                f"the grid {self.cohort.grid.shape_XYZ} is not divisible by {downsampling}, the downsampling of recipe "
-                f"{self.recipe.name!r}.",
+                f"the grid {self.cohort.grid.shape_XYZ} is not divisible by {downsampling}, what the autoencoder and the "
+                f"U-Net of recipe {self.recipe.name!r} halve it by together.",
                 remedy="Choose another recipe or another grid.",
             )
         self.ranges = CovariateRanges.fitted(self.train.covariates)

@@ -1,0 +1,243 @@
+"""index.html: one file that needs no network, no server and no script, and that still works when it is moved.
+
+Pictures and drawings are embedded, the security policy admits nothing from outside, and all text of others goes
+through jinja2's escaping.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+import brainldm
+from brainldm.base.files import write_text
+from brainldm.report.drawings import draw_curves, draw_scatter, scatter_panel
+from brainldm.report.results import Brain, Results, find_sweep, read_results
+
+MAX_TABLE_ROWS = 1000
+MAX_MOSAIC_SYNTHETIC, MAX_MOSAIC_REAL = 12, 12
+MAX_FACTS = 80
+COVARIATES_SHOWN = {
+    # name: (title, unit, factor, decimals)
+    "age_years": ("Age", "years", 1.0, 1),
+    "ventricles_mm3": ("Ventricles", "mL", 1e-3, 1),
+    "brain_mm3": ("Brain volume", "mL", 1e-3, 0),
+}
+SECTIONS = (
+    ("conditioning", "Does it obey?", "What was asked of each brain against what is found in its image."),
+    ("diversity", "Is it diverse?", "How alike two brains of the set are, beside how alike two real ones are."),
+    ("distribution", "Is it real?", "The synthetic brains as a set, beside the real ones as a set."),
+    ("memorisation", "Does it copy?", "How near the brains lie to the people that the model has seen."),
+)
+
+
+def write_report(folder: str | Path) -> Path:
+    """Writes FOLDER/index.html from the results in the folder (an evaluation, or a synthetic dataset) and returns its
+    path. BadInput when the folder holds neither."""
+    folder = Path(folder)
+    results = read_results(folder)
+    page = folder / "index.html"
+    write_text(page, render(results))
+    return page
+
+
+def render(results: Results) -> str:
+    """The page as text; a function of the results alone."""
+    style, script = _asset("style.css"), _asset("page.js")
+    environment = Environment(
+        loader=PackageLoader("brainldm.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["covariate"] = _covariate
+    environment.filters["estimate"] = _estimate
+    panels = [
+        panel
+        for name in ("ventricles_mm3", "brain_mm3", "age_years")
+        if (panel := scatter_panel(results.brains, results.real_points.get(name, ()), name, COVARIATES_SHOWN[name][0]))
+    ]
+    measured = [name for name in COVARIATES_SHOWN if any(name in brain.measured for brain in results.brains)]
+    return environment.get_template("report.html.jinja").render(
+        results=results,
+        card=results.scorecard,
+        title=_title(results),
+        summary=_summary(results),
+        tiles=list(_tiles(results)),
+        sections=list(_sections(results)),
+        mosaic=_mosaic(results.brains),
+        real_mosaic=results.real_pictures[:MAX_MOSAIC_REAL],
+        sweep=find_sweep(results.brains),
+        scatter=draw_scatter(panels) if panels else None,
+        curves=draw_curves(results.curves),
+        measured_names=measured,
+        shown=COVARIATES_SHOWN,
+        table=results.brains[:MAX_TABLE_ROWS],
+        facts=list(_facts(results)),
+        version=brainldm.__version__,
+        # Only this style and this script may act on the page: their hashes stand in its policy.
+        style=Markup(style),  # our own file
+        script=Markup(script),
+        style_hash=_csp_hash(style),
+        script_hash=_csp_hash(script),
+    )
+
+
+def _asset(name: str) -> str:
+    return resources.files("brainldm.report").joinpath("templates", name).read_text(encoding="utf-8").strip()
+
+
+def _csp_hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+
+
+# ------------------------------------------------------------------------------------------------- numbers as people
+# read them
+
+
+def _covariate(value: float | None, name: str, *, sign: bool = False) -> str:
+    if value is None:
+        return "–"
+    _, _, factor, decimals = COVARIATES_SHOWN[name]
+    return f"{value * factor:{'+' if sign else ''}.{decimals}f}"
+
+
+def _estimate(estimate: Mapping[str, Any] | None, unit: Mapping[str, Any]) -> Mapping[str, str] | None:
+    """An estimate's value and interval as text; None where there is no value."""
+    if not estimate or estimate.get("value") is None:
+        return None
+
+    def text(value: float) -> str:
+        return f"{value * unit['factor']:.{unit['decimals']}f}"
+
+    interval = ""
+    if estimate.get("low") is not None and estimate.get("high") is not None:
+        interval = f"{text(estimate['low'])} to {text(estimate['high'])}"
+    return {"value": text(estimate["value"]), "interval": interval, "how": str(estimate.get("interval", ""))}
+
+
+# --------------------------------------------------------------------------------------------------------- the words
+
+
+def _generation(results: Results) -> Mapping[str, Any]:
+    facts = results.provenance.get("generation.json", {})
+    return facts if isinstance(facts, dict) else {}
+
+
+def _title(results: Results) -> str:
+    if not results.scorecard:
+        return f"{len(results.brains)} synthetic brains"
+    return f"{results.scorecard['synthetic']['judged']} synthetic brains, judged"
+
+
+def _summary(results: Results) -> str:
+    """What this page is about, in a paragraph."""
+    generation, card = _generation(results), results.scorecard
+    model = generation.get("model", {})
+    n = len(results.brains)
+    made = f"{n} synthetic T1-weighted brain image{'s' * (n != 1)}"
+    if model.get("name"):
+        made += f", made by the model “{model['name']}”"
+        if model.get("training_images") is not None:
+            made += f" (trained on {model['training_images']} images)"
+        if generation.get("sampler"):
+            steps = generation.get("steps")
+            made += f" with {str(generation['sampler']).upper()}{f' in {steps} steps' if steps else ''}"
+            made += f" from seed {generation.get('seed')}"
+    text = f"{made}. They show nobody."
+    if not card:
+        return f"{text} They have not been judged yet: “brainldm evaluate” measures what is in them."
+    if card.get("real"):
+        real = card["real"]
+        kind = "phantoms (made-up people with known anatomy)" if results.phantoms else "real people"
+        text += f" They are compared with {real['judged']} {kind} of “{real['folder']}”"
+        text += f", {real['training']} of them training people." if real["training"] else "."
+    return f"{text} Volumes were found by the instrument “{card['settings']['instrument']}”, the same for both."
+
+
+def _row(results: Results, key: str) -> Mapping[str, Any] | None:
+    return next((r for r in results.scorecard.get("rows", ()) if r["key"] == key and r["group"] == "all"), None)
+
+
+def _tiles(results: Results) -> Iterator[dict[str, str]]:
+    """The few figures that are read first."""
+    for key, title, note in (
+        ("ventricles_mm3.pearson_r", "Ventricles, asked v measured", "Pearson r; 1 is perfect"),
+        ("brain_mm3.pearson_r", "Brain volume, asked v measured", "Pearson r; 1 is perfect"),
+        ("ms_ssim", "Likeness of two brains", "MS-SSIM; best is the real value"),
+        ("nearest_is_training", "Nearest person was in training", "best is what chance gives"),
+    ):
+        row = _row(results, key)
+        shown = _estimate(row["synthetic"], row["unit"]) if row else None
+        if row is None or shown is None:
+            continue
+        reference = _estimate(row["reference"], row["unit"])
+        beside = f"{row['reference_is']}: {reference['value']}" if reference else ""
+        unit = "%" if row["unit"]["shown"] == "%" else ""
+        yield {
+            "title": title,
+            "value": shown["value"] + unit,
+            "interval": shown["interval"] + (unit if shown["interval"] else ""),
+            "beside": beside + (unit if beside else ""),
+            "note": note,
+            "n": str(row["synthetic"]["n"]),
+        }
+
+
+def _sections(results: Results) -> Iterator[dict[str, Any]]:
+    for section, title, lead in SECTIONS:
+        rows = [row for row in results.scorecard.get("rows", ()) if row["section"] == section]
+        if rows:
+            yield {"key": section, "title": title, "lead": lead, "rows": rows}
+
+
+def _mosaic(brains: Sequence[Brain]) -> list[Brain]:
+    """Some brains with pictures, spread evenly over the plan."""
+    pictured = [brain for brain in brains if brain.picture is not None]
+    if len(pictured) <= MAX_MOSAIC_SYNTHETIC:
+        return pictured
+    step = len(pictured) / MAX_MOSAIC_SYNTHETIC
+    return [pictured[int(k * step)] for k in range(MAX_MOSAIC_SYNTHETIC)]
+
+
+def _facts(results: Results) -> Iterator[tuple[str, str]]:
+    """Where this comes from, as name and value, at most MAX_FACTS of them."""
+    card = results.scorecard
+    told: dict[str, Any] = {}
+    if card:
+        told["evaluation"] = {"seed": card["seed"], **card["settings"], "versions": card["versions"]}
+        told["seconds"] = card["seconds"]
+    told["generation"] = _generation(results)
+    description = results.provenance.get("dataset_description.json", {})
+    told["dataset"] = {k: v for k, v in description.items() if k in ("Name", "GeneratedBy", "License", "BIDSVersion")}
+    if card.get("real"):
+        told["reference"] = {k: v for k, v in card["real"].items() if k != "provenance"}
+    for count, (name, value) in enumerate(_flattened(told)):
+        if count == MAX_FACTS:
+            yield "and more", "see the JSON files in the folders"
+            return
+        yield name, value
+
+
+def _flattened(content: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _flattened(value, f"{name} · {key}" if name else str(key))
+    elif isinstance(content, list) and any(isinstance(entry, Mapping | list) for entry in content):
+        for number, entry in enumerate(content):
+            yield from _flattened(entry, f"{name} {number + 1}" if len(content) > 1 else name)
+    elif content is not None:
+        text = (
+            ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in content)
+            if isinstance(content, list)
+            else str(content)
+        )
+        yield name.replace("_", " "), text if len(text) <= 240 else f"{text[:240]}…"
