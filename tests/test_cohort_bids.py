@@ -117,7 +117,8 @@ def test_masks_are_found_beside_and_among_the_derivatives(tmp_path: Path) -> Non
     assert masks["sub-3"] is None, "a lesion is no brain"
     assert masks["sub-4"] is None, "that mask lies in another space than the scan"
     given_masks = study(tmp_path / "m", None, "sub-1_mask.nii.gz", "sub-3/anat/sub-3_desc-brain_mask.nii.gz")
-    found = read_study(folder, masks=given_masks)
+    assert len(read_study(folder, masks=given_masks).scans) == 4
+    found = read_study(folder, masks=given_masks, need_masks=True)
     assert {s.participant_id for s in found.scans} == {"sub-1", "sub-3"}
     assert reasons(found) == {"sub-2": "missing_mask", "sub-4": "missing_mask"}
     with pytest.raises(BadInput, match="folder of masks"):

@@ -13,6 +13,7 @@ import scipy.ndimage as ndi
 
 from brainldm.base.streams import stream
 from brainldm.base.volume import GRIDS, Grid
+from brainldm.cohort.flow import smooth_field
 
 _DRAWN_ON = GRIDS["4mm"]  # smooth fields are drawn here and interpolated
 
@@ -100,8 +101,6 @@ def paint(
 
 def _patches(draws: np.random.Generator, scale_mm: float, grid: Grid) -> np.ndarray:
     """Smooth noise of unit variance over the paper's box, interpolated to `grid`."""
-    from brainldm.cohort.flow import smooth_field
-
     coarse = smooth_field(draws, _DRAWN_ON.shape_XYZ, scale_mm / _DRAWN_ON.voxel_mm)
     return _interpolated(coarse, grid)
 

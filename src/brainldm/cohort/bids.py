@@ -65,11 +65,11 @@ class Study:
     column_meanings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_study(folder: str | Path, *, masks: str | Path | None = None) -> Study:
+def read_study(folder: str | Path, *, masks: str | Path | None = None, need_masks: bool = False) -> Study:
     """The scans of a BIDS folder (raw or derivative), each with its row of participants.tsv.
 
     `masks` is a folder of brain masks, BIDS-named; without it they are looked for beside the scans and under
-    derivatives/. Nothing of an image is read here.
+    derivatives/. With `need_masks`, people without one are failures. Nothing of an image is read here.
     """
     root = Path(folder)
     _check_is_a_study(root)
@@ -118,8 +118,8 @@ def read_study(folder: str | Path, *, masks: str | Path | None = None) -> Study:
             path=table.path,
             reason="bad_cell",
         )
-    if masks is not None:
-        faults += [_without_mask(s, masks) for s in scans if s.mask is None]
+    if need_masks:
+        faults += [_without_mask(s, root if masks is None else Path(masks)) for s in scans if s.mask is None]
         scans = [s for s in scans if s.mask is not None]
     faults += malformed
     failed_already = {f.participant_id for f in faults}
@@ -293,10 +293,10 @@ def _find_masks(root: Path, *, given: bool) -> dict[tuple[str, str, str], Path]:
     return masks
 
 
-def _without_mask(scan: Scan, masks: str | Path) -> Failure:
-    message = f"there is no brain mask of this person in {Path(masks).name}."
-    wanted = f"{scan.participant_id}_desc-brain_mask.nii.gz"
-    return Failure(scan.participant_id, scan.file, "missing_mask", message, f"Add {wanted}, or leave --masks out.")
+def _without_mask(scan: Scan, place: Path) -> Failure:
+    message = f"there is no brain mask of this person in {place.resolve().name}."
+    remedy = f"Add {scan.participant_id}_desc-brain_mask.nii.gz, or strip without masks: --strip-with template."
+    return Failure(scan.participant_id, scan.file, "missing_mask", message, remedy)
 
 
 # ---------------------------------------------------------------------------------------------------------- people

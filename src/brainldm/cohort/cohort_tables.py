@@ -18,7 +18,7 @@ from brainldm.cohort.split import Split
 
 OUR_COLUMNS = ("participant_id", "age_years", "sex", "ventricles_mm3", "brain_mm3", "split")
 # What BIDS has no place for. The validator is told to look away; people and our own commands read it.
-BIDSIGNORE = ("prepared.json", "manifest.jsonl", "quality.tsv", "failures.tsv", "sub-*/figures/", "*_xfm.json")
+BIDSIGNORE = ("prepared.json", "manifest.jsonl", "quality.tsv", "failures.tsv", "sub-*/figures", "*_xfm.json")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def write_cohort_tables(
 
 
 def _write_participants(out: Path, study: Study, people: Sequence[CohortPerson], splits: Mapping[str, Split]) -> None:
-    renamed = {column: f"study_{column}" if column in OUR_COLUMNS else column for column in study.columns}
+    renamed = _beside_ours(study.columns)
     rows = []
     for person in people:
         ours = {
@@ -89,6 +89,18 @@ def _write_participants(out: Path, study: Study, people: Sequence[CohortPerson],
         own = {"Description": f"Column {column!r} of the study's own table"}
         dictionary[ours_or_theirs] = meaning if isinstance(meaning, dict) else own
     write_column_dictionary(out / "participants.json", dictionary)
+
+
+def _beside_ours(columns: Sequence[str]) -> dict[str, str]:
+    """The study's columns by the names they get here: their own, or with `study_` before it where that is taken."""
+    taken, renamed = set(OUR_COLUMNS) | set(columns), {}
+    for column in columns:
+        name = column
+        while name in OUR_COLUMNS or (name != column and name in taken):
+            name = f"study_{name}"
+        taken.add(name)
+        renamed[column] = name
+    return renamed
 
 
 def _write_quality(out: Path, people: Sequence[CohortPerson]) -> None:

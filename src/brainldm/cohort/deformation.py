@@ -88,8 +88,8 @@ def deform(person: Person, fields: Fields, seed: int, index: int, shape: Shape |
         return fields.ventricular.move(points_3N, gain * sample(uneven_ventricles, gain_grid, points_3N, 1.0))
 
     # Volumes. The sulcal flow spares the ventricles' surroundings, so one gain can be found after the other. The
-    # ventricular flow moves nothing by more than 14 mm.
-    central = np.flatnonzero(sample(fields.ventricle_distance_XYZ, fields.grid, head_3N, 99.0) < 16)
+    # ventricular flow moves nothing by more than 16 mm.
+    central = np.flatnonzero(sample(fields.ventricle_distance_XYZ, fields.grid, head_3N, 99.0) < 18)
     central_3N = sulci(central, TYPICAL_SULCAL_GAIN)
 
     def ventricles_mm3(gain: float) -> float:

@@ -21,6 +21,7 @@ from brainldm.cohort.anatomy import Anatomy
 
 LATTICE_MM = 2.0  # the fields' resolution
 
+
 @dataclass(frozen=True, eq=False)
 class Ladder:
     """Displacements (mm) of one velocity field's flow at evenly spaced gains: `steps_KCXYZ[k]` at gain k0 + k * rung.
@@ -61,11 +62,11 @@ class Fields:
 @lru_cache(maxsize=2)
 def fields_of(anatomy: Anatomy) -> Fields:
     """The fields of an anatomy; some seconds the first time."""
-    head_depth = _halved(_signed_depth(anatomy.head_XYZ))
-    ventricle_depth = _signed_depth(anatomy.ventricles_XYZ > 0.5)
     csf = anatomy.head_XYZ & (anatomy.grey_XYZ + anatomy.white_XYZ + anatomy.ventricles_XYZ < 0.7)
-    csf_depth = _halved(_signed_depth(csf | ~anatomy.head_XYZ))
-    ventricle_depth = _halved(ventricle_depth)
+    head_depth, csf_depth, ventricle_depth = (
+        _halved(_signed_depth(inside))
+        for inside in (anatomy.head_XYZ, csf | ~anatomy.head_XYZ, anatomy.ventricles_XYZ > 0.5)
+    )
     grid = _halved_grid(anatomy.grid)
     from_ventricles = np.maximum(-ventricle_depth, 0)
     # Half the push is left a third of the way to the cortex, and none at the skull.
@@ -81,8 +82,8 @@ def fields_of(anatomy: Anatomy) -> Fields:
         head_depth,
         -ventricle_depth,
         _halved(anatomy.grey_XYZ + anatomy.white_XYZ),
-        _ladder(grid, ventricular, first_gain=-6.0, last_gain=15.0, rung=1.5),
-        _ladder(grid, sulcal, first_gain=-1.5, last_gain=4.5, rung=1.5),
+        _ladder(grid, ventricular, first_gain=-6.0, last_gain=18.0, rung=1.5),
+        _ladder(grid, sulcal, first_gain=-3.0, last_gain=4.5, rung=1.5),
     )
 
 
@@ -166,9 +167,7 @@ def _linear(data: np.ndarray, where: np.ndarray) -> np.ndarray:
 
 def sample(data_XYZ: np.ndarray, grid: Grid, points_3N: np.ndarray, outside: float = 0.0) -> np.ndarray:
     """Linear interpolation at points in mm; `outside` beyond the grid."""
-    return ndi.map_coordinates(
-        data_XYZ, indices(grid, points_3N), np.float32, order=1, mode="constant", cval=outside
-    )
+    return ndi.map_coordinates(data_XYZ, indices(grid, points_3N), np.float32, order=1, mode="constant", cval=outside)
 
 
 def smooth_field(draws: np.random.Generator, shape_XYZ: tuple[int, ...], sigma_voxels: float) -> np.ndarray:

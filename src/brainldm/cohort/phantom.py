@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import brainldm
-from brainldm.base.derivative import SPACE, SPACE_REFERENCE, dataset_description, t1w_sidecar
+from brainldm.base.derivative import SPACE
 from brainldm.base.errors import UsageError
 from brainldm.base.files import locked_folder, read_json, sha256_of, write_json, write_text
 from brainldm.base.manifest import Manifest
@@ -26,12 +26,12 @@ from brainldm.base.nifti import Written, write_nifti
 from brainldm.base.pool import each_in_a_pool
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import stream
-from brainldm.base.tables import write_table
 from brainldm.base.volume import Grid
 from brainldm.cohort.anatomy import LABELS, Anatomy, label_map_anatomy, label_maps_in, template_anatomy
 from brainldm.cohort.appearance import Appearance, paint
 from brainldm.cohort.deformation import Deformation, Shape, deform, warped_labels
 from brainldm.cohort.flow import fields_of
+from brainldm.cohort.phantom_bids import write_descriptions
 from brainldm.cohort.population import Person, Population, draw_person
 
 __all__ = [
@@ -115,50 +115,6 @@ def make_phantom(
 
 # ------------------------------------------------------------------------------------------------------ as a BIDS study
 
-_COLUMNS = {
-    "age": {"Description": "Age given to the phantom", "Units": "year"},
-    "sex": {"Description": "Sex given to the phantom", "Levels": {"F": "female", "M": "male"}},
-    "ventricles_mm3": {
-        "Description": "Volume of the lateral ventricles in the image, from the soft labels at the image's resolution; "
-        "not normalised for head size",
-        "Units": "mm^3",
-    },
-    "brain_mm3": {
-        "Description": "Volume of grey and white matter, from the soft labels at the image's resolution, times the "
-        "MNI152 template's head volume over this head's",
-        "Units": "mm^3",
-    },
-    "head_mm3": {
-        "Description": "Volume of everything inside the skull in the image (CSF, grey, white, ventricles)",
-        "Units": "mm^3",
-    },
-}
-
-_README = """\
-# {name}
-
-T1-weighted brain images of nobody, with a known anatomy: {source} deformed, aged and painted from random numbers.
-They exist to test software against a known truth. **Scores on them prove the machinery, not clinical realism:**
-{limits}
-
-`participants.tsv` holds the truth about each image: the volumes are measured on its own soft labels at its own
-resolution. `*_dseg.nii.gz` are the same labels made hard (`dseg.tsv` names them), so volumes counted from them differ
-by partial voluming. Images are skull-stripped, in 0..1 and rigidly in MNI space: heads have their own size.
-
-Everything follows from the seed: person *i* is the same in a population of any size. `manifest.jsonl` lists each
-image with its SHA-256; the command that wrote this folder makes what is missing. `phantom.json` holds all constants.
-
-{notice}
-"""
-_ONE_ANATOMY = """all share one anatomy, with the smooth sulci of an average brain; folding, pathology and scanners
-vary far more in people."""
-_SOME_ANATOMIES = """they share the folding of a few label maps; pathology and scanners vary far more in people."""
-# The template's terms ask that this notice go with what is made from it.
-_MNI_NOTICE = """The anatomy is that of the ICBM 152 Nonlinear Symmetric template 2009a (Fonov et al. 2009), as
-distributed with nilearn: Copyright (C) 1993-2009 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological
-Institute, McGill University."""
-_LABELS_NOTICE = "The terms of the label maps apply to the images made from them."
-
 
 @dataclass(frozen=True)
 class _Task:
@@ -208,7 +164,11 @@ def write_phantom_study(
             manifest.append(**outcome)
             done[task.index] = outcome
             progress.advance(1, outcome["participant_id"])
-        _write_descriptions(out, [done[i] for i in sorted(done)], grid, seed, bool(label_maps))
+        records = [done[i] for i in sorted(done)]
+        # In the order of their index, so that equal studies are equal files.
+        lines = (json.dumps(record, allow_nan=False, ensure_ascii=False) for record in records)
+        write_text(manifest.path, "".join(f"{line}\n" for line in lines))
+        write_descriptions(out, records, grid, seed, from_labels=bool(label_maps))
 
 
 def _facts(grid: Grid, seed: int, label_maps: list[Path], config: PhantomConfig) -> dict[str, Any]:
@@ -236,10 +196,11 @@ def _record_or_compare(out: Path, facts: dict[str, Any]) -> None:
         write_json(path, facts)
         return
     there, asked = read_json(path), json.loads(json.dumps(facts))
-    same = isinstance(there, dict)
-    differing = [name for name in asked if name != "software" and not (same and there.get(name) == asked[name])]
+    if not isinstance(there, dict):
+        there = {}
+    differing = [name for name in asked if name != "software" and there.get(name) != asked[name]]
     if differing:
-        said = [f"{name} {_short(there.get(name)) if same else '?'} there, {_short(asked[name])} asked" for name in differing]
+        said = [f"{name} {_short(there.get(name))} there, {_short(asked[name])} asked" for name in differing]
         raise UsageError(
             f"this folder holds other phantoms ({'; '.join(said)}).",
             remedy="Give the same seed, grid and labels to finish it, or another folder.",
@@ -249,8 +210,7 @@ def _record_or_compare(out: Path, facts: dict[str, Any]) -> None:
 
 
 def _short(value: object) -> str:
-    name = value.get("name", f"of {len(value)} entries") if isinstance(value, dict) else value
-    return str(name)
+    return str(value.get("name", f"of {len(value)} entries") if isinstance(value, dict) else value)
 
 
 def _proven(out: Path, manifest: Manifest) -> dict[int, dict[str, Any]]:
@@ -299,43 +259,3 @@ def _make_and_write(task: _Task) -> dict[str, Any]:
 
 def _entry(written: Written, file: str) -> dict[str, Any]:
     return {"file": file, "bytes": written.bytes, "sha256": written.sha256}
-
-
-def _write_descriptions(out: Path, records: list[dict[str, Any]], grid: Grid, seed: int, from_labels: bool) -> None:
-    """Everything but the images, last: a study that was interrupted is not mistaken for a whole one."""
-    # The same records in the order of their index, so that equal studies are equal files.
-    lines = (json.dumps(record, allow_nan=False, ensure_ascii=False) for record in records)
-    write_text(out / "manifest.jsonl", "".join(f"{line}\n" for line in lines))
-    name = f"Phantom brains, seed {seed}, {grid.voxel_mm:g} mm"
-    notice = _LABELS_NOTICE if from_labels else _MNI_NOTICE
-    readme = _README.format(
-        name=name,
-        source="label maps" if from_labels else "one template",
-        limits=_SOME_ANATOMIES if from_labels else _ONE_ANATOMY,
-        notice=notice,
-    )
-    write_text(out / "README.md", readme)
-    write_text(out / ".bidsignore", "phantom.json\nmanifest.jsonl\n")
-    write_json(out / "dataset_description.json", dataset_description(name, "Phantom population with known anatomy"))
-    write_json(
-        out / f"space-{SPACE}_desc-phantom_T1w.json",
-        t1w_sidecar(
-            "Simulated T1-weighted image with a known anatomy; no person was scanned for it",
-            skull_stripped=True,
-            voxel_mm=grid.voxel_mm,
-            SyntheticData=True,
-        ),
-    )
-    write_json(
-        out / f"space-{SPACE}_desc-phantom_dseg.json",
-        {
-            "Description": "The labels that the image was made from, each voxel given to the largest",
-            "SpatialReference": SPACE_REFERENCE,
-            "Manual": False,
-        },
-    )
-    tissues = ("Background", "Cerebrospinal fluid outside the lateral ventricles", "Grey matter", "White matter")
-    names = enumerate((*tissues, "Lateral ventricles"))
-    write_table(out / "dseg.tsv", ("index", "name"), ({"index": i, "name": label} for i, label in names))
-    write_table(out / "participants.tsv", ("participant_id", *_COLUMNS), records)
-    write_json(out / "participants.json", _COLUMNS)

@@ -1,6 +1,7 @@
 """Who the phantoms are: sex, age, and the volumes that go with them, drawn before any image is made.
 
-Only the head, ventricle and brain sizes depend on sex, as far as the figures below know; an image shows sex through them.
+Only the head, ventricle and brain sizes depend on sex, as far as the figures below know; an image shows sex through
+them.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def draw_person(seed: int, index: int, population: Population | None = None) -> 
     age_years = round(float(draws.uniform(population.age_low_years, population.age_high_years)), 1)
     head_z, ventricles_z, other_z = _limited_normals(draws, population.residual_limit)
     rho = population.residual_correlation
-    brain_z = rho * ventricles_z + math.sqrt(1 - rho**2) * other_z
+    brain_z = float(rho * ventricles_z + math.sqrt(1 - rho**2) * other_z)
     ventricles_ml = population.expected_ventricles_ml(sex, age_years) * math.exp(
         population.log_ventricles_residual * ventricles_z
     )
@@ -102,7 +103,7 @@ def draw_person(seed: int, index: int, population: Population | None = None) -> 
     return Person(
         sex=sex,
         age_years=age_years,
-        head_mm3=1000 * (population.expected_head_ml(sex) + population.head_residual_ml * head_z),
+        head_mm3=1000 * (population.expected_head_ml(sex) + population.head_residual_ml * float(head_z)),
         ventricles_mm3=1000 * ventricles_ml,
         brain_fraction=population.expected_brain_fraction(age_years) + population.brain_fraction_residual * brain_z,
     )

@@ -31,6 +31,7 @@ from brainldm.cohort.dataset import FORMAT, KIND, grid_to_json, read_prepared_js
 from brainldm.cohort.measure import measured_from_tables
 from brainldm.cohort.prepare_scan import PrepareConfig, ScanTask, prepare_scan
 from brainldm.cohort.split import assign_splits, moved_people
+from brainldm.cohort.unires import unires_python
 
 __all__ = ["PrepareConfig", "PrepareSummary", "prepare_study"]
 
@@ -82,7 +83,7 @@ def prepare_study(
         raise UsageError(f"{workers} workers were asked for.", remedy="Ask for at least 1.")
     _check_tools(config)
     _check_places(bids, out)
-    study = read_study(bids, masks=config.masks)
+    study = read_study(bids, masks=config.masks, need_masks=config.uses_masks)
     volumes, failures = _known_volumes(study, config)
     failures += study.failures + [f for f in map(_unusable_id, study.scans) if f]
     failed_files = {f.file for f in failures}
@@ -130,6 +131,8 @@ def _check_tools(config: PrepareConfig) -> None:
         raise EnvironmentProblem(
             "deepbet is not installed.", remedy="pip install 'brainldm[deepbet]', or --strip-with template."
         )
+    if config.register == "unires":
+        unires_python()
 
 
 def _check_places(bids: Path, out: Path) -> None:
@@ -176,7 +179,7 @@ def _known_volumes(study: Study, config: PrepareConfig) -> tuple[dict[str, dict[
     for scan in study.scans:
         fault, values = "", {}
         for name in _VOLUMES:
-            text = cells.get(scan.participant_id, {}).get(name, "")
+            text = _of_person(cells, scan.participant_id).get(name, "")
             try:
                 values[name] = float(text)
                 fault = fault or implausible(name, values[name])
@@ -190,6 +193,11 @@ def _known_volumes(study: Study, config: PrepareConfig) -> tuple[dict[str, dict[
         else:
             known[scan.participant_id] = values
     return known, failures
+
+
+def _of_person(cells: Mapping[str, Mapping[str, str]], participant_id: str) -> Mapping[str, str]:
+    """The row under the person's id, written with or without `sub-`."""
+    return cells.get(participant_id) or cells.get(participant_id.removeprefix("sub-")) or {}
 
 
 def _earlier_facts(out: Path, study: Study, config: PrepareConfig) -> Mapping[str, Any]:

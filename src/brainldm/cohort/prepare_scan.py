@@ -6,6 +6,7 @@ Everything here is a function of the scan and the config alone, so it may run in
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,19 +17,26 @@ from brainldm.base.derivative import SPACE
 from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.files import write_json
 from brainldm.base.nifti import read_nifti, write_nifti
-from brainldm.base.volume import Grid, Volume, grid_named
+from brainldm.base.volume import Volume, grid_named
 from brainldm.cohort.bids import Scan
 from brainldm.cohort.measure import TemplateMeasure
-from brainldm.cohort.normalise import background_at_zero, is_masked, unit_range
+from brainldm.cohort.normalise import background_at_zero, unit_range
 from brainldm.cohort.overlay import write_overlay
-from brainldm.cohort.register import Registration, register_to_template, resample_to_grid
+from brainldm.cohort.register import (
+    POOR_CORRELATION,
+    Registration,
+    is_skull_stripped,
+    register_to_template,
+    resample_to_grid,
+)
 from brainldm.cohort.skull import brain_mask
 from brainldm.cohort.split import check_holdout
 from brainldm.cohort.template import load_template
+from brainldm.cohort.unires import aligned_by_unires
 
-# Flags of quality.tsv. Shares of the template's brain that the scan does not reach, and of the person's brain (or head)
-# that the box cuts off, from which on somebody should look.
-MAX_UNSEEN_BRAIN = 0.005
+# Flags of quality.tsv: the share of the template's brain that the scan does not reach, and of the person's brain that
+# the box cuts off, from which on somebody should look.
+MAX_UNSEEN_BRAIN = 0.01
 MAX_CUT_BRAIN = 0.005
 
 
@@ -64,6 +72,13 @@ class PrepareConfig:
             raise UsageError(f"percentile is {self.percentile:g}.", remedy="It must be above 50 and at most 100.")
         if self.skull == "keep" and self.masks is not None:
             raise UsageError("brain masks were given, and the skull is to be kept.", remedy="Add --skull strip.")
+        if self.register == "unires" and self.uses_masks:
+            raise UsageError("UniRes moves the scans, so that masks fit no more.", remedy="Use --strip-with template.")
+
+    @property
+    def uses_masks(self) -> bool:
+        """Whether skulls are stripped with masks that come with the study."""
+        return self.skull == "strip" and (self.strip_with == "mask" or self.masks is not None)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON; of paths only the name, because where things lay is nobody's business."""
@@ -95,22 +110,30 @@ def prepare_scan(task: ScanTask) -> dict[str, Any]:
     scan, config, grid = task.scan, task.config, grid_named(task.config.grid)
     native, source_bytes = _read_unchanged(scan.path, config)
     voxels_sha256 = hashlib.sha256(repr(native.shape_XYZ).encode() + native.data_XYZ.tobytes()).hexdigest()
-    mask = None if scan.mask is None else _read_mask(scan.mask, native)
+    mask = _read_mask(scan.mask, native) if scan.mask is not None and config.uses_masks else None
     native = Volume(background_at_zero(native.data_XYZ), native.affine, native.notes)
 
-    registration = _registration(scan, native, mask, config)
+    registration = _registration(scan, native, mask, config, measure=task.measure)
     notes, quality = [*scan.notes, *native.notes], dict(registration.quality)
-    kept = native
-    if config.skull == "strip" and not is_masked(native.data_XYZ):
-        mask = mask if mask is not None else brain_mask(native, registration, method=config.strip_with)
-        kept = Volume(background_at_zero(native.data_XYZ, mask.data_XYZ > 0.5), native.affine)
-    elif config.skull == "strip":
+    quality.pop("seconds", None)  # a record says nothing that another run of it would not say
+
+    placed, placing = native, registration
+    if config.register == "unires":
+        aligned = aligned_by_unires(scan.path)
+        placed = Volume(background_at_zero(aligned.data_XYZ), aligned.affine)
+        placing = register_to_template(placed, aligned=True)
+    stripped = is_skull_stripped(placed)
+    if config.skull == "strip" and stripped and mask is None:
         notes.append("the skull was stripped already")
-    stripped = is_masked(kept.data_XYZ)
+    elif config.skull == "strip":
+        mask = mask if mask is not None else brain_mask(placed, placing, method=config.strip_with)
+        placed = Volume(background_at_zero(placed.data_XYZ, mask.data_XYZ > 0.5), placed.affine)
+        stripped = True
 
     measured: dict[str, float] | None = None
     if task.measure:
-        result = TemplateMeasure()(native, registration)
+        # What UniRes gives is scaled, and ventricles are wanted as they are in the scan.
+        result = TemplateMeasure()(native if config.register == "unires" else placed, registration)
         measured = {
             "ventricles_mm3": round(result.ventricles_mm3, 1),
             "brain_mm3": round(result.brain_mm3, 1),
@@ -119,10 +142,9 @@ def prepare_scan(task: ScanTask) -> dict[str, Any]:
         }
         quality |= result.quality
 
-    resampled = resample_to_grid(kept, registration.mni_from_scan, grid)
+    resampled = resample_to_grid(placed, placing.mni_from_scan, grid)
     image_XYZ = unit_range(resampled.data_XYZ, percentile=config.percentile)
-    quality["unseen_brain"] = unseen_brain(native, registration)
-    quality["cut_brain"] = cut_by_box(kept, registration, grid) if stripped else 0.0
+    quality["unseen_brain_fraction"] = unseen_brain(native, registration)
 
     file = image_file(scan.participant_id)
     written = write_nifti(task.out / file, image_XYZ, grid.affine, dtype="int16_unit", space="aligned")
@@ -130,9 +152,10 @@ def prepare_scan(task: ScanTask) -> dict[str, Any]:
     write_json(
         stem.with_name(f"{scan.participant_id}_from-T1w_to-{SPACE}_xfm.json"),
         {
-            "method": registration.method,
+            "method": registration.method if config.register != "unires" else "unires",
             "units": "mm, RAS+; columns are (x, y, z, 1)",
-            "mni_from_scan": registration.mni_from_scan.tolist(),
+            # UniRes keeps its own to itself.
+            "mni_from_scan": registration.mni_from_scan.tolist() if config.register != "unires" else None,
             "mni_from_scan_affine": registration.mni_from_scan_affine.tolist(),
             "head_scaling": registration.head_scaling,
         },
@@ -188,39 +211,35 @@ def _read_mask(path: Path, scan: Volume) -> Volume:
     return mask
 
 
-def _registration(scan: Scan, native: Volume, mask: Volume | None, config: PrepareConfig) -> Registration:
-    if config.register == "none" or (config.register == "auto" and scan.space.startswith("MNI")):
-        return Registration(np.eye(4), np.eye(4), 1.0, {}, "none")
-    return register_to_template(native, mask)
+def _registration(
+    scan: Scan, native: Volume, mask: Volume | None, config: PrepareConfig, *, measure: bool
+) -> Registration:
+    in_place = config.register == "none" or (config.register == "auto" and scan.space.startswith("MNI"))
+    if in_place and not measure:
+        return Registration(np.eye(4), np.eye(4), {}, "none")
+    return register_to_template(native, mask, aligned=in_place)
 
 
 def unseen_brain(scan: Volume, registration: Registration) -> float:
     """Which share of the template's brain lies outside the scan's field of view; 0 is perfect."""
     template = load_template(4).brain_mask
-    inside_mm = _to_mm(np.argwhere(template.data_XYZ), template.affine)
-    voxel_from_mni = np.linalg.inv(registration.mni_from_scan_affine @ scan.affine)
-    voxels = inside_mm @ voxel_from_mni[:3, :3].T + voxel_from_mni[:3, 3]
+    scan_voxel_from_template_voxel = (
+        np.linalg.inv(scan.affine) @ np.linalg.inv(registration.mni_from_scan_affine) @ template.affine
+    )
+    voxels = np.argwhere(template.data_XYZ) @ scan_voxel_from_template_voxel[:3, :3].T
+    voxels += scan_voxel_from_template_voxel[:3, 3]
     seen = ((voxels >= -0.5) & (voxels <= np.array(scan.shape_XYZ) - 0.5)).all(axis=1)
     return float(1 - seen.mean())
 
 
-def cut_by_box(brain: Volume, registration: Registration, grid: Grid) -> float:
-    """Which share of a stripped brain's voxels the grid's box does not hold; 0 is perfect."""
-    voxels = np.argwhere(brain.data_XYZ[::2, ::2, ::2] > 0) * 2
-    in_mni = _to_mm(voxels, registration.mni_from_scan @ brain.affine)
-    position = (in_mni - np.array(grid.origin_mm)) / grid.voxel_mm
-    held = ((position >= -0.5) & (position <= np.array(grid.shape_XYZ) - 0.5)).all(axis=1)
-    return float(1 - held.mean())
-
-
-def _to_mm(voxels_N3: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    return voxels_N3 @ affine[:3, :3].T + affine[:3, 3]
-
-
-def _flags(quality: dict[str, float]) -> list[str]:
+def _flags(quality: Mapping[str, float]) -> list[str]:
     flags = []
-    if quality["unseen_brain"] > MAX_UNSEEN_BRAIN:
+    if quality.get("correlation", 1.0) < POOR_CORRELATION:
+        flags.append("poor_registration")
+    if quality.get("poor", 0.0) > 0:
+        flags.append("poor_measurement")
+    if quality["unseen_brain_fraction"] > MAX_UNSEEN_BRAIN:
         flags.append("field_of_view_cut")
-    if quality["cut_brain"] > MAX_CUT_BRAIN:
+    if quality.get("cut_brain_fraction", 0.0) > MAX_CUT_BRAIN:
         flags.append("brain_outside_box")
     return flags

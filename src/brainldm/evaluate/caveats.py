@@ -23,8 +23,9 @@ def caveats(made: ImageFolder, people: ImageFolder | None, found: Findings) -> t
     """All that applies to this evaluation, the weightiest first."""
     said: list[str] = []
     if people is not None and found.copies is not None:
-        said += _of_copies(made, people, found, found.copies)
-        if "phantom" in json.dumps([made.provenance, people.provenance]).lower():
+        phantoms = "phantom" in json.dumps(people.provenance).lower()
+        said += _of_copies(made, people, found, found.copies, phantoms)
+        if phantoms:
             said.append(
                 "The reference people are phantoms: these figures show that the machinery works, and nothing of how "
                 "brains learnt from real scans would come out."
@@ -44,13 +45,16 @@ def caveats(made: ImageFolder, people: ImageFolder | None, found: Findings) -> t
     return (*said, *made.warnings, *(people.warnings if people is not None else ()))
 
 
-def _of_copies(made: ImageFolder, people: ImageFolder, found: Findings, copies: Memorisation) -> Iterator[str]:
+def _of_copies(
+    made: ImageFolder, people: ImageFolder, found: Findings, copies: Memorisation, phantoms: bool
+) -> Iterator[str]:
     stated = _stated_training_images(made.provenance)
     trained = stated if stated is not None else len(people.training)
     if 0 < trained < FEW_TRAINING_PEOPLE:
+        who = ("phantom" if phantoms else "person") if trained == 1 else ("phantoms" if phantoms else "people")
         yield (
-            f"Trained on {trained} {'person' if trained == 1 else 'people'}: a model that has seen so few makes copies "
-            "and blends of them. Do not take its brains for nobody's, and do not share them as such."
+            f"Trained on {trained} {who}: a model that has seen so few makes copies and blends of them."
+            + ("" if phantoms else " Do not take its brains for nobody's, and do not share them as such.")
         )
     real_files = {look.sha256 for look in found.real.images}
     same = max(copies.identical, sum(look.sha256 in real_files for look in found.synthetic.images))

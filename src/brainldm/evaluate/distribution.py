@@ -1,8 +1,9 @@
 """Is it real? How far the set of synthetic images lies from the set of real ones, with what chance alone would give.
 
-Both distances here are cheap and mean what they say; neither tells whether a single image is a good one. A distance
-between two finite sets is never 0, so each is shown beside the same distance between random divisions of all images
-into sets of the same sizes: what two samples of one population would show.
+Both distances here are between means of the two sets; they are cheap and mean what they say, and neither tells whether
+a single image is a good one. A distance between two finite sets is never 0, so each is shown beside what sets of these
+sizes show by chance when their means are equal: each set's mean is taken from its images, and the rest is divided
+between two sets at random, again and again.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ DIVISIONS = 400
 
 @dataclass(frozen=True)
 class Distance:
-    """`observed` between synthetic and real images; `by_chance` its mean over random divisions, with the range that
-    holds 95 % of them."""
+    """`observed` between synthetic and real images; `by_chance` its mean over random divisions of images without a
+    difference, with the range that holds 95 % of them."""
 
     observed: Estimate
     by_chance: Estimate
@@ -73,7 +74,10 @@ def _distance(
     first = len(synthetic)
     observed = float(between(everyone[:first].mean(axis=0), everyone[first:].mean(axis=0)))
     generator = stream(seed, f"evaluate/divisions/{purpose}")
-    # One row a division: 1 / n for the members of the first set; the product makes all its mean images at once.
+    # Without this, a real difference between the sets would widen what is called chance.
+    everyone[:first] -= everyone[:first].mean(axis=0)
+    everyone[first:] -= everyone[first:].mean(axis=0)
+    # One row a division, 1 for the members of the first set; the product makes all mean images at once.
     members = np.zeros((DIVISIONS, len(everyone)))
     for row in members:
         row[generator.permutation(len(everyone))[:first]] = 1

@@ -19,11 +19,13 @@ from brainldm.base.progress import Progress
 from brainldm.base.volume import Volume
 from brainldm.evaluate.grids import JudgingGrid, on_grid
 from brainldm.evaluate.images import Failure, JudgedImage
-from brainldm.evaluate.pool import each
+from brainldm.evaluate.pool import Workers
 
 HISTOGRAM_BINS = 256
 # Prepared and generated images lie in 0..1; this far outside is rounding or a decoder's overshoot, and is clipped.
 UNIT_TOLERANCE = 0.1
+# Below so many voxels, starting worker processes takes longer than reading them.
+VOXELS_WORTH_A_PROCESS = 50_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +115,7 @@ def examine(
     grid: JudgingGrid,
     *,
     sketched: Container[str],
-    workers: int,
+    workers: Workers,
     progress: Progress,
 ) -> Examination:
     """Looks at every image of one side once; what cannot be judged becomes a failure and the rest goes on.
@@ -124,7 +126,10 @@ def examine(
     failures: dict[int, Failure] = {}
     requests = [(image, image.file in sketched) for image in images]
     look = partial(examine_one, grid=grid)
-    for position, outcome in each(look, requests, workers=workers, progress=progress, what=f"reading {side} images"):
+    heavy = len(images) * grid.voxels >= VOXELS_WORTH_A_PROCESS
+    for position, outcome in workers.each(
+        look, requests, progress=progress, what=f"reading {side} images", heavy=heavy
+    ):
         if isinstance(outcome, Exception):
             failures[position] = Failure.of(side, images[position], outcome)
         else:

@@ -21,6 +21,7 @@ from brainldm.evaluate.images import Failure, ImageFolder, JudgedImage
 from brainldm.evaluate.measuring import Instrument, Measurements, measure, write_measured
 from brainldm.evaluate.memorisation import Memorisation, memorisation
 from brainldm.evaluate.pictures import draw_pictures, white_point
+from brainldm.evaluate.pool import Workers
 from brainldm.evaluate.rows import (
     Row,
     conditioning_rows,
@@ -60,7 +61,7 @@ class Judge:
     instrument: Instrument
     pairs: int
     seed: int
-    workers: int
+    workers: Workers
     max_real: int
     progress: Progress
     failures: list[Failure] = field(default_factory=list)

@@ -24,7 +24,7 @@ from brainldm.base.tables import write_table
 from brainldm.base.volume import Volume
 from brainldm.evaluate.examine import Examined
 from brainldm.evaluate.images import Failure, JudgedImage
-from brainldm.evaluate.pool import each
+from brainldm.evaluate.pool import Workers
 
 
 class Instrument(Protocol):
@@ -84,7 +84,7 @@ def measure(
     instrument: Instrument,
     cache: Manifest,
     *,
-    workers: int,
+    workers: Workers,
     progress: Progress,
 ) -> Measurements:
     """Measures what the cache does not hold yet; each result is on disk before the next is counted."""
@@ -98,13 +98,12 @@ def measure(
     known = len(images) - len(waiting)
     work = partial(measure_one, instrument=instrument)
     failures = []
-    for position, outcome in each(
+    for position, outcome in workers.each(
         work,
         [look.image for look in waiting],
-        workers=workers,
         progress=progress,
         what=f"measuring {side} images",
-        finished_before=known,
+        done_before=known,
     ):
         look = waiting[position]
         if isinstance(outcome, Exception):

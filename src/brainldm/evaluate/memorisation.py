@@ -66,9 +66,9 @@ def memorisation(
 
     own = nearest[:made]
     if len(held_out) >= MIN_HELD_OUT:
-        reference, reference_is = nearest[made:], "held-out people to the nearest training person"
+        reference, reference_is = nearest[made:], "held-out people"
     else:
-        reference, reference_is = _leave_one_out(among_training), "training people to the nearest other one"
+        reference, reference_is = _leave_one_out(among_training), "training people, to another"
     reference_estimate = median(reference) if len(reference) else Estimate.none("fewer than 2 training people")
     if len(reference):
         nearer = share(int((own < reference.min()).sum()), made)

@@ -15,7 +15,7 @@ import numpy as np
 from brainldm.base.errors import BrainldmError
 from brainldm.base.files import write_bytes, write_json
 from brainldm.base.nifti import read_nifti
-from brainldm.base.slices import VIEWS, grey_png, middle_slice
+from brainldm.base.slices import VIEWS, Crop, View, grey_png, middle_slice
 from brainldm.base.streams import stream
 from brainldm.evaluate.examine import HISTOGRAM_BINS, Examined, Sketch, to_unit
 
@@ -38,26 +38,37 @@ def white_point(sketches: Sequence[Sketch]) -> float:
 def draw_pictures(
     folder: Path, sides: Mapping[str, Sequence[Examined]], *, white: float, seed: int, show_real: bool
 ) -> None:
-    """Writes PNGs of three views an image and figures.json, which lists them; removes those of an earlier call."""
-    listed = []
+    """Writes PNGs of three views an image and figures.json, which lists them; removes those of an earlier call.
+
+    All are cut to one box, around all the heads shown.
+    """
+    shown: list[tuple[str, Examined, dict[View, np.ndarray]]] = []
+    crop: Crop | None = None
     for side, limit in (("synthetic", MAX_SYNTHETIC), ("real", MAX_REAL if show_real else 0)):
-        looks = sides.get(side, ())
-        chosen = list(range(len(looks)))
-        if len(chosen) > limit:
-            generator = stream(seed, f"evaluate/pictures/{side}")
-            chosen = sorted(generator.choice(len(looks), size=limit, replace=False).tolist())
-        for number, position in enumerate(chosen):
-            look = looks[position]
+        for look in _some(sides.get(side, ()), limit, seed, side):
             with contextlib.suppress(BrainldmError):  # gone since it was examined: no picture, and nothing else
                 data_XYZ, _ = to_unit(read_nifti(look.image.path).data_XYZ)
-                files = {view: f"{side}-{number:03d}-{view}.png" for view in VIEWS}
-                for view, file in files.items():
-                    write_bytes(folder / file, grey_png(middle_slice(data_XYZ, view), white=white))
-                # A real person's picture is not tied to their row anywhere.
-                tie = {"sha256": look.sha256} if side == "synthetic" else {}
-                listed.append({"side": side, **tie, "views": files})
+                shown.append((side, look, {view: middle_slice(data_XYZ, view) for view in VIEWS}))
+                around = Crop.around(data_XYZ, 0.1 * white)
+                crop = around if crop is None else crop.joined(around)
+    listed, kept = [], set()
+    for number, (side, look, slices) in enumerate(shown):
+        files = {view: f"{number:03d}-{side}-{view}.png" for view in VIEWS}
+        for view, file in files.items():
+            write_bytes(folder / file, grey_png((crop or Crop()).of(slices[view], view), white=white))
+            kept.add(file)
+        # A real person's picture is tied to their row nowhere.
+        tie = {"sha256": look.sha256} if side == "synthetic" else {}
+        listed.append({"side": side, **tie, "views": files})
     write_json(folder / "figures.json", {"white": white, "images": listed})
-    kept = {file for entry in listed for file in entry["views"].values()}  # type: ignore[attr-defined]
     for path in folder.glob("*.png"):
         if path.name not in kept:
             path.unlink()
+
+
+def _some(looks: Sequence[Examined], limit: int, seed: int, side: str) -> Sequence[Examined]:
+    """At most `limit` of them, drawn at random, in their order."""
+    if len(looks) <= limit:
+        return looks
+    chosen = stream(seed, f"evaluate/pictures/{side}").choice(len(looks), size=limit, replace=False)
+    return [looks[position] for position in sorted(chosen.tolist())]

@@ -21,7 +21,7 @@ def shown(estimate: Estimate | None, unit: Unit) -> str:
     """A value with its interval as people read it; a dash where there is none.
 
     >>> shown(Estimate(0.97234, 0.95, 0.984, 16), Unit("", "", 1, 3))
-    '0.972 (0.950 to 0.984)'
+    '0.972 (0.950..0.984)'
     """
     if estimate is None or estimate.value is None:
         return "-"
@@ -29,13 +29,12 @@ def shown(estimate: Estimate | None, unit: Unit) -> str:
     if estimate.low is None or estimate.high is None:
         return value
     low, high = (f"{bound * unit.factor:.{unit.decimals}f}" for bound in (estimate.low, estimate.high))
-    return f"{value} ({low} to {high})"
+    return f"{value} ({low}..{high})"
 
 
 def _titled(row: Row) -> str:
     unit = f" [{row.unit.shown}]" if row.unit.shown else ""
-    group = f", {row.group}" if row.group != "all" else ""
-    return f"{row.title}{unit}{group}"
+    return f"{row.title}{unit}"
 
 
 def _counts(row: Row) -> str:
@@ -44,36 +43,55 @@ def _counts(row: Row) -> str:
 
 
 def as_text(rows: Sequence[Row], warnings: Sequence[str], failures: Sequence[Failure]) -> str:
-    """The table as rich draws it, without colours, at most 150 columns wide."""
+    """The scorecard for a terminal, in plain characters and no wider than it (80 to 140 columns)."""
+    import shutil
     from io import StringIO
 
-    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, title="Scorecard (95 % intervals)", title_justify="left")
-    for column in ("", "synthetic", "reference", "difference", "n", "best"):
-        table.add_column(column, justify="left" if column in ("", "best") else "right")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("95 % intervals")
+    for column in ("synthetic", "reference", "difference", "n"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("best")
     for section, title in SECTIONS.items():
         members = [row for row in rows if row.section == section]
         if not members:
             continue
-        table.add_section()
+        table.add_row()
         table.add_row(title)
         for row in members:
-            cells = [shown(e, row.unit) for e in (row.synthetic, row.reference, row.difference)]
-            table.add_row(f"  {_titled(row)}", *cells, _counts(row), row.best)
+            if row.group == "all":
+                cells = [shown(e, row.unit) for e in (row.synthetic, row.reference, row.difference)]
+                table.add_row(f"  {_titled(row)}", *cells, _counts(row), row.best)
     sheet = StringIO()
-    console = Console(file=sheet, width=150, no_color=True, force_terminal=False, emoji=False, markup=False)
+    width = min(max(shutil.get_terminal_size((120, 24)).columns, 80), 140)
+    console = Console(file=sheet, width=width, no_color=True, force_terminal=False, emoji=False, markup=False)
     console.print(table)
+    console.print()
+    for line in _of_parts(rows):
+        console.print(line)
     for row in rows:
-        if row.synthetic is not None and row.synthetic.value is None:
-            console.print(f"no value for {_titled(row)}: {row.synthetic.reason}", markup=False)
+        if row.synthetic is not None and row.synthetic.value is None and row.group == "all":
+            console.print(f"No value for {_titled(row)}: {row.synthetic.reason}.")
     for warning in warnings:
-        console.print(f"! {warning}", markup=False)
+        console.print(f"! {warning}")
     for failure in failures:
-        console.print(f"x {failure.side} {failure.file}: {failure.message}", markup=False)
+        console.print(f"x {failure.side} {failure.file}: {failure.message}")
     return "\n".join(line.rstrip() for line in sheet.getvalue().splitlines())
+
+
+def _of_parts(rows: Sequence[Row]) -> Iterator[str]:
+    """One line for each part of the images (inside, outside the training range) and covariate."""
+    parts: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.group != "all":
+            parts.setdefault((row.title.split(":")[0], row.group), []).append(row)
+    for (name, group), members in parts.items():
+        known = [row for row in members if row.synthetic is not None and row.synthetic.value is not None]
+        figures = ", ".join(f"{_titled(row).split(': ')[1]} {shown(row.synthetic, row.unit)}" for row in known)
+        yield f"{name}, {group} (n {max((row.synthetic.n for row in members if row.synthetic), default=0)}): {figures}."
 
 
 def as_markdown(rows: Sequence[Row], warnings: Sequence[str], failures: Sequence[Failure]) -> str:
@@ -90,9 +108,12 @@ def as_markdown(rows: Sequence[Row], warnings: Sequence[str], failures: Sequence
             "|---|---|---|---|---|---|",
         ]
         for row in members:
+            if row.group != "all":
+                continue
             cells = [shown(e, row.unit) for e in (row.synthetic, row.reference, row.difference)]
             lines.append(f"| {_titled(row)} | " + " | ".join([*cells, _counts(row), row.best]) + " |")
-        lines.append("")
+        parts = list(_of_parts(members))
+        lines += ["", *(f"- {part}" for part in parts), ""] if parts else [""]
     if warnings:
         lines += ["## To be known", "", *(f"- {_inert(warning)}" for warning in warnings), ""]
     if failures:

@@ -39,13 +39,16 @@ class Unit:
 
 PLAIN = Unit("", "", 1.0, 3)
 VOLUME = Unit("mm^3", "mL", 1e-3, 1)
+LARGE_VOLUME = Unit("mm^3", "mL", 1e-3, 0)
 YEARS = Unit("year", "years", 1.0, 1)
-INTENSITY = Unit("intensity range", "of the intensity range", 1.0, 4)
+INTENSITY = Unit("intensity range", "", 1.0, 4)
 SHARE = Unit("share", "%", 100.0, 0)
 
 
 def unit_of(covariate: str) -> Unit:
-    return YEARS if covariate.endswith("_years") else VOLUME
+    if covariate.endswith("_years"):
+        return YEARS
+    return LARGE_VOLUME if covariate == "brain_mm3" else VOLUME
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,11 @@ def conditioning_rows(covariate: str, groups: dict[str, Agreement], instrument: 
     unit, name = unit_of(covariate), COVARIATE_TITLES.get(covariate, covariate)
     what = {
         "pearson_r": (
-            "asked v measured, Pearson r",
+            "Pearson r",
             PLAIN,
             "1",
             "How closely what is found in the images follows what was asked. It also grows with the spread of what "
-            "was asked, so read it with the slope and the error. Beside it: the instrument on real people.",
+            "was asked, so read it with the slope and the error.",
         ),
         "slope": (
             "slope",
@@ -115,7 +118,7 @@ def conditioning_rows(covariate: str, groups: dict[str, Agreement], instrument: 
                     meaning,
                     getattr(agreement, field.name),
                     getattr(instrument, field.name) if instrument is not None and group == "all" else None,
-                    "instrument on real people",
+                    "instrument alone",
                     group=group,
                 )
             )
@@ -151,10 +154,10 @@ def volume_rows(covariate: str, synthetic: Sequence[float], real: Sequence[float
         Row(
             "distribution",
             f"{covariate}.mean",
-            f"{name}: mean as measured",
+            f"{name}: mean",
             unit,
             "the real value",
-            "Like the real mean when brains are drawn like the population; a sweep asks for something else.",
+            "As measured. Like the real mean when brains are asked for like the population; a sweep asks for others.",
             mean(synthetic),
             None if real is None else mean(real),
             difference=apart,
@@ -162,10 +165,10 @@ def volume_rows(covariate: str, synthetic: Sequence[float], real: Sequence[float
         Row(
             "distribution",
             f"{covariate}.sd",
-            f"{name}: standard deviation as measured",
+            f"{name}: standard deviation",
             unit,
             "the real value",
-            "Smaller than the real spread: the model shies away from unusual brains.",
+            "As measured. Smaller than the real spread: the model shies away from unusual brains.",
             standard_deviation(synthetic),
             None if real is None else standard_deviation(real),
         ),
@@ -178,11 +181,11 @@ def distance_rows(intensity: Distance, mean_image: Distance) -> list[Row]:
         Row(
             "distribution",
             "intensity_wasserstein",
-            "Intensities: Wasserstein distance of histograms",
+            "Grey values: Wasserstein distance",
             INTENSITY,
             "chance",
-            "How far grey values would have to be moved to look like the real ones. Above what chance gives: the "
-            "contrast, the noise or the amount of background differs.",
+            "How far grey values (0 to 1) would have to be moved on average to be distributed like the real ones. "
+            "Above what chance gives: the contrast, the noise or the amount of background differs.",
             intensity.observed,
             intensity.by_chance,
             "chance",
@@ -190,11 +193,11 @@ def distance_rows(intensity: Distance, mean_image: Distance) -> list[Row]:
         Row(
             "distribution",
             "mean_image_rmse",
-            "Mean image: root-mean-square difference",
+            "Mean image: RMS difference",
             INTENSITY,
             "chance",
-            "How far the average synthetic brain differs from the average real one, in the brain at 4 mm. Above what "
-            "chance gives: the brains are of other people, elsewhere, or blurred.",
+            "How far the average synthetic brain is from the average real one, in grey values (0 to 1), in the brain "
+            "at 4 mm. Above what chance gives: other anatomy, another place, or blur.",
             mean_image.observed,
             mean_image.by_chance,
             "chance",
@@ -208,22 +211,22 @@ def memorisation_rows(found: Memorisation) -> list[Row]:
         Row(
             "memorisation",
             "nearest_training_rmse",
-            "Distance to the nearest training image, median",
+            "Distance to nearest training image",
             INTENSITY,
-            "not below unseen people",
-            f"Root-mean-square difference in the brain at 4 mm. Beside it: {found.reference_is or 'unseen people'}. "
-            "Much smaller: copies. Blurred images are somewhat nearer to everybody.",
+            "not below",
+            "Median of the root-mean-square difference in grey values (0 to 1), in the brain at 4 mm. Much smaller "
+            "than between people: copies. Blurred images are somewhat nearer to everybody.",
             found.synthetic,
             found.reference,
-            "unseen people" if found.held_out and "held-out" in found.reference_is else "training people",
+            found.reference_is or "unseen people",
         ),
         Row(
             "memorisation",
             "nearer_than_unseen",
-            "Nearer to a training image than any reference person",
+            "Nearer to it than any person above",
             SHARE,
             "chance",
-            "The share of synthetic brains that lie nearer to a training image than all people of the row above do.",
+            "The share of synthetic brains that lie nearer to a training image than every person of the row above.",
             found.nearer_than_reference,
             found.nearer_by_chance,
             "chance",
@@ -231,11 +234,11 @@ def memorisation_rows(found: Memorisation) -> list[Row]:
         Row(
             "memorisation",
             "nearest_is_training",
-            "Nearest real person is one the model has seen",
+            "Nearest person was in training",
             SHARE,
             "chance",
-            "Of all real people, the nearest should be a training person only as often as there are training people "
-            "among them. Blur cannot change this row; copying drives it to 100 %.",
+            "Of all real people, the nearest to a brain should be one that the model has seen only as often as there "
+            "are such people among them. Blur cannot change this row; copying drives it to 100 %.",
             found.nearest_is_training,
             found.training_by_chance,
             "chance",

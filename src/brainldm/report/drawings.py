@@ -6,13 +6,16 @@ import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from brainldm.report.results import Brain
+from brainldm.report.words import Shown
 
 # Beyond so many points the marks are drawn as pixels: an SVG of 100,000 circles opens in no browser.
 MAX_VECTOR_POINTS = 2000
@@ -54,43 +57,46 @@ class Panel:
     inside: Sequence[tuple[float, float]]
     outside: Sequence[tuple[float, float]]
     real: Sequence[tuple[float, float]]
+    real_are: str = "real people"
 
 
-def scatter_panel(brains: Sequence[Brain], real: Sequence[tuple[float, float]], name: str, title: str) -> Panel | None:
-    """The panel of one covariate in mL; None where nothing was measured."""
+def scatter_panel(
+    brains: Sequence[Brain], real: Sequence[tuple[float, float]], name: str, shown: Shown, real_are: str
+) -> Panel | None:
+    """The panel of one covariate; None where nothing was measured."""
     both = [brain for brain in brains if name in brain.asked and name in brain.measured]
     if not both:
         return None
 
     def points(beyond: bool) -> list[tuple[float, float]]:
         chosen = [brain for brain in both if (name in brain.extrapolated) is beyond]
-        return [(brain.asked[name] / 1000, brain.measured[name] / 1000) for brain in chosen]
+        return [(brain.asked[name] * shown.factor, brain.measured[name] * shown.factor) for brain in chosen]
 
-    return Panel(title, "mL", points(False), points(True), [(x / 1000, y / 1000) for x, y in real])
-
-
-def draw_scatter(panels: Sequence[Panel]) -> Drawing:
-    """Asked against measured, a panel a covariate, with the line on which all points of a perfect model lie."""
-    words = "; ".join(
-        f"{panel.title}: {len(panel.inside) + len(panel.outside)} brains, asked against measured in {panel.unit}"
-        for panel in panels
+    return Panel(
+        shown.title,
+        shown.unit,
+        points(False),
+        points(True),
+        [(x * shown.factor, y * shown.factor) for x, y in real],
+        real_are,
     )
 
-    def draw(figure: Figure, paper: Paper) -> None:
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-            _scatter(axes, panel, paper)
 
-    return _drawing(draw, 5.4 * len(panels), 5.0, words)
+def draw_scatter(panel: Panel) -> Drawing:
+    """Asked against measured, with the line on which all points of a perfect model lie."""
+    count = len(panel.inside) + len(panel.outside)
+    words = f"{panel.title}: asked against measured of {count} brains, in {panel.unit}"
+    return _drawing(partial(_scatter, panel), 5.6, 5.3, words)
 
 
-def _scatter(axes: Axes, panel: Panel, paper: Paper) -> None:
+def _scatter(panel: Panel, axes: Axes, paper: Paper) -> None:
     everything = np.array([*panel.inside, *panel.outside, *panel.real])
     low, high = float(everything.min()), float(everything.max())
     room = 0.06 * max(high - low, 1e-9)
     limits = (low - room, high + room)
     axes.plot(limits, limits, color=paper.faint, linewidth=1, linestyle=(0, (5, 4)), label="asked = measured", zorder=1)
     for points, marker, edge, face, label, size in (
-        (panel.real, "x", paper.real, paper.real, "real people: recorded, measured", 26),
+        (panel.real, "x", paper.real, paper.real, f"{panel.real_are}: recorded, measured", 26),
         (panel.inside, "o", paper.inside, paper.inside, "synthetic brains", 40),
         (panel.outside, "D", paper.outside, "none", "outside the training range", 36),
     ):
@@ -116,26 +122,27 @@ def _scatter(axes: Axes, panel: Panel, paper: Paper) -> None:
     _plain(axes, paper)
 
 
-def draw_curves(curves: Mapping[str, Mapping[str, Sequence[float | None]]]) -> Drawing | None:
-    """Loss against step, a panel a stage; other logged figures that are losses too are drawn thinner."""
+def draw_curves(curves: Mapping[str, Mapping[str, Sequence[float | None]]]) -> list[Drawing]:
+    """Loss against step, a drawing a stage."""
     stages = {name: curve for name, curve in curves.items() if len(curve.get("step", ())) > 1 and "loss" in curve}
-    if not stages:
-        return None
-    words = "; ".join(f"{name}: loss over {int(curve['step'][-1] or 0)} steps" for name, curve in stages.items())
+    return [
+        _drawing(partial(_curve, name, curve), 5.6, 3.4, f"{name}: loss over {int(curve['step'][-1] or 0)} steps")
+        for name, curve in stages.items()
+    ]
 
-    def draw(figure: Figure, paper: Paper) -> None:
-        for axes, (name, curve) in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages.items()):
-            steps = np.array(curve["step"], dtype=float)
-            loss = np.array(curve["loss"], dtype=float)  # None becomes NaN, which leaves a gap
-            axes.plot(steps, loss, color=paper.inside, linewidth=1.4)
-            if np.nanmin(loss) > 0 and np.nanmax(loss) / np.nanmin(loss) > 20:
-                axes.set_yscale("log")
-            axes.set_title(name, color=paper.ink, loc="left", fontsize=12, fontweight="bold")
-            axes.set_xlabel("step", color=paper.ink)
-            axes.set_ylabel("loss", color=paper.ink)
-            _plain(axes, paper)
 
-    return _drawing(draw, 5.4 * len(stages), 3.2, words)
+def _curve(name: str, curve: Mapping[str, Sequence[float | None]], axes: Axes, paper: Paper) -> None:
+    steps, loss = (np.array(curve[key], dtype=float) for key in ("step", "loss"))  # None becomes NaN: a gap
+    axes.plot(steps, loss, color=paper.inside, linewidth=1.4)
+    if np.nanmin(loss) > 0 and np.nanmax(loss) / np.nanmin(loss) > 20:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_title(name, color=paper.ink, loc="left", fontsize=12, fontweight="bold")
+    axes.set_xlabel("step", color=paper.ink)
+    axes.set_ylabel("loss", color=paper.ink)
+    _plain(axes, paper)
 
 
 def _plain(axes: Axes, paper: Paper) -> None:
@@ -148,12 +155,12 @@ def _plain(axes: Axes, paper: Paper) -> None:
         spine.set_color(paper.grid)
 
 
-def _drawing(draw: Callable[[Figure, Paper], None], width_inches: float, height_inches: float, words: str) -> Drawing:
+def _drawing(draw: Callable[[Axes, Paper], None], width_inches: float, height_inches: float, words: str) -> Drawing:
     uris = []
     for paper in (LIGHT, DARK):
         figure = Figure(figsize=(width_inches, height_inches), layout="constrained")
         figure.patch.set_alpha(0)
-        draw(figure, paper)
+        draw(figure.subplots(), paper)
         buffer = io.BytesIO()
         # A fixed salt and no date: the same results give the same page.
         with matplotlib.rc_context({"svg.hashsalt": "brainldm", "font.family": "DejaVu Sans"}):

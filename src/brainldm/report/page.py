@@ -18,24 +18,13 @@ from markupsafe import Markup
 
 import brainldm
 from brainldm.base.files import write_text
+from brainldm.report import words
 from brainldm.report.drawings import draw_curves, draw_scatter, scatter_panel
 from brainldm.report.results import Brain, Results, find_sweep, read_results
 
 MAX_TABLE_ROWS = 1000
 MAX_MOSAIC_SYNTHETIC, MAX_MOSAIC_REAL = 12, 12
 MAX_FACTS = 80
-COVARIATES_SHOWN = {
-    # name: (title, unit, factor, decimals)
-    "age_years": ("Age", "years", 1.0, 1),
-    "ventricles_mm3": ("Ventricles", "mL", 1e-3, 1),
-    "brain_mm3": ("Brain volume", "mL", 1e-3, 0),
-}
-SECTIONS = (
-    ("conditioning", "Does it obey?", "What was asked of each brain against what is found in its image."),
-    ("diversity", "Is it diverse?", "How alike two brains of the set are, beside how alike two real ones are."),
-    ("distribution", "Is it real?", "The synthetic brains as a set, beside the real ones as a set."),
-    ("memorisation", "Does it copy?", "How near the brains lie to the people that the model has seen."),
-)
 
 
 def write_report(folder: str | Path) -> Path:
@@ -58,14 +47,19 @@ def render(results: Results) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["covariate"] = _covariate
-    environment.filters["estimate"] = _estimate
+    environment.filters["covariate"] = words.covariate
+    environment.filters["estimate"] = words.estimate
+    people = "phantoms" if results.phantoms else "real people"
     panels = [
         panel
         for name in ("ventricles_mm3", "brain_mm3", "age_years")
-        if (panel := scatter_panel(results.brains, results.real_points.get(name, ()), name, COVARIATES_SHOWN[name][0]))
+        if (
+            panel := scatter_panel(
+                results.brains, results.real_points.get(name, ()), name, words.COVARIATES_SHOWN[name], people
+            )
+        )
     ]
-    measured = [name for name in COVARIATES_SHOWN if any(name in brain.measured for brain in results.brains)]
+    measured = [name for name in words.COVARIATES_SHOWN if any(name in brain.measured for brain in results.brains)]
     return environment.get_template("report.html.jinja").render(
         results=results,
         card=results.scorecard,
@@ -76,10 +70,10 @@ def render(results: Results) -> str:
         mosaic=_mosaic(results.brains),
         real_mosaic=results.real_pictures[:MAX_MOSAIC_REAL],
         sweep=find_sweep(results.brains),
-        scatter=draw_scatter(panels) if panels else None,
+        scatter=[draw_scatter(panel) for panel in panels],
         curves=draw_curves(results.curves),
         measured_names=measured,
-        shown=COVARIATES_SHOWN,
+        shown=words.COVARIATES_SHOWN,
         table=results.brains[:MAX_TABLE_ROWS],
         facts=list(_facts(results)),
         version=brainldm.__version__,
@@ -97,31 +91,6 @@ def _asset(name: str) -> str:
 
 def _csp_hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
-
-
-# ------------------------------------------------------------------------------------------------- numbers as people
-# read them
-
-
-def _covariate(value: float | None, name: str, *, sign: bool = False) -> str:
-    if value is None:
-        return "–"
-    _, _, factor, decimals = COVARIATES_SHOWN[name]
-    return f"{value * factor:{'+' if sign else ''}.{decimals}f}"
-
-
-def _estimate(estimate: Mapping[str, Any] | None, unit: Mapping[str, Any]) -> Mapping[str, str] | None:
-    """An estimate's value and interval as text; None where there is no value."""
-    if not estimate or estimate.get("value") is None:
-        return None
-
-    def text(value: float) -> str:
-        return f"{value * unit['factor']:.{unit['decimals']}f}"
-
-    interval = ""
-    if estimate.get("low") is not None and estimate.get("high") is not None:
-        interval = f"{text(estimate['low'])} to {text(estimate['high'])}"
-    return {"value": text(estimate["value"]), "interval": interval, "how": str(estimate.get("interval", ""))}
 
 
 # --------------------------------------------------------------------------------------------------------- the words
@@ -152,15 +121,14 @@ def _summary(results: Results) -> str:
             steps = generation.get("steps")
             made += f" with {str(generation['sampler']).upper()}{f' in {steps} steps' if steps else ''}"
             made += f" from seed {generation.get('seed')}"
-    text = f"{made}. They show nobody."
+    text = f"{made}. No person was scanned for them."
     if not card:
         return f"{text} They have not been judged yet: “brainldm evaluate” measures what is in them."
     if card.get("real"):
         real = card["real"]
         kind = "phantoms (made-up people with known anatomy)" if results.phantoms else "real people"
-        text += f" They are compared with {real['judged']} {kind} of “{real['folder']}”"
-        text += f", {real['training']} of them training people." if real["training"] else "."
-    return f"{text} Volumes were found by the instrument “{card['settings']['instrument']}”, the same for both."
+        text += f" They are compared with {real['judged']} {kind} of “{real['folder']}”."
+    return f"{text} One instrument, “{card['settings']['instrument']}”, measured the volumes of both."
 
 
 def _row(results: Results, key: str) -> Mapping[str, Any] | None:
@@ -170,33 +138,49 @@ def _row(results: Results, key: str) -> Mapping[str, Any] | None:
 def _tiles(results: Results) -> Iterator[dict[str, str]]:
     """The few figures that are read first."""
     for key, title, note in (
-        ("ventricles_mm3.pearson_r", "Ventricles, asked v measured", "Pearson r; 1 is perfect"),
-        ("brain_mm3.pearson_r", "Brain volume, asked v measured", "Pearson r; 1 is perfect"),
+        ("ventricles_mm3.pearson_r", "Ventricles obeyed", "Pearson r, asked and measured"),
+        ("brain_mm3.pearson_r", "Brain volume obeyed", "Pearson r, asked and measured"),
         ("ms_ssim", "Likeness of two brains", "MS-SSIM; best is the real value"),
         ("nearest_is_training", "Nearest person was in training", "best is what chance gives"),
     ):
         row = _row(results, key)
-        shown = _estimate(row["synthetic"], row["unit"]) if row else None
-        if row is None or shown is None:
+        value = words.estimate(row["synthetic"], row["unit"]) if row else None
+        if row is None or value is None:
             continue
-        reference = _estimate(row["reference"], row["unit"])
-        beside = f"{row['reference_is']}: {reference['value']}" if reference else ""
+        reference = words.estimate(row["reference"], row["unit"])
         unit = "%" if row["unit"]["shown"] == "%" else ""
         yield {
             "title": title,
-            "value": shown["value"] + unit,
-            "interval": shown["interval"] + (unit if shown["interval"] else ""),
-            "beside": beside + (unit if beside else ""),
+            "value": value["value"] + unit,
+            "interval": value["interval"] + (unit if value["interval"] else ""),
+            "beside": f"{row['reference_is']}: {reference['value']}{unit}" if reference else "",
             "note": note,
             "n": str(row["synthetic"]["n"]),
         }
 
 
 def _sections(results: Results) -> Iterator[dict[str, Any]]:
-    for section, title, lead in SECTIONS:
+    """The scorecard: each section's rows of all images, and those of parts of them, a line a covariate and part."""
+    for section, (title, lead) in words.SECTIONS.items():
         rows = [row for row in results.scorecard.get("rows", ()) if row["section"] == section]
-        if rows:
-            yield {"key": section, "title": title, "lead": lead, "rows": rows}
+        if not rows:
+            continue
+        said: set[str] = set()
+        parts: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+        shown = []
+        for row in rows:
+            if row["group"] != "all":
+                parts.setdefault((row["title"].split(":")[0], row["group"]), []).append(row)
+                continue
+            # What a figure means is said once, not for every covariate.
+            shown.append({**row, "meaning": "" if row["meaning"] in said else row["meaning"]})
+            said.add(row["meaning"])
+        yield {
+            "title": title,
+            "lead": lead,
+            "rows": shown,
+            "parts": [{"covariate": name, "group": group, "rows": found} for (name, group), found in parts.items()],
+        }
 
 
 def _mosaic(brains: Sequence[Brain]) -> list[Brain]:

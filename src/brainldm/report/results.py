@@ -8,7 +8,7 @@ import base64
 import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,7 +19,7 @@ from brainldm.base.errors import BadInput, BrainldmError
 from brainldm.base.files import read_json
 from brainldm.base.manifest import Manifest
 from brainldm.base.nifti import read_nifti
-from brainldm.base.slices import VIEWS, grey_png, middle_slice
+from brainldm.base.slices import VIEWS, Crop, View, grey_png, middle_slice
 from brainldm.base.tables import Table, read_table
 
 SCORECARD_VERSION = 1
@@ -171,14 +171,17 @@ def _dataset(folder: Path) -> Results:
     made = {record["index"]: record for record in Manifest(folder / "manifest.jsonl").records() if "index" in record}
     brains: list[Brain] = []
     failures: list[Mapping[str, str]] = []
+    slices: dict[int, dict[View, np.ndarray]] = {}
+    crop: Crop | None = None
     for row, cells in enumerate(plan.rows):
         record = made.get(int(plan.number(row, "index") or 0))
         if record is None:
             continue
-        picture = None
-        if len(brains) < MAX_PICTURED:
+        if len(slices) < MAX_PICTURED:
             try:
-                picture = _picture_of(folder / str(record["file"]))
+                image_XYZ = np.clip(read_nifti(folder / str(record["file"])).data_XYZ, 0, 1)
+                slices[len(brains)] = {view: middle_slice(image_XYZ, view) for view in VIEWS}
+                crop = Crop.around(image_XYZ, 0.1) if crop is None else crop.joined(Crop.around(image_XYZ, 0.1))
             except BrainldmError as error:
                 failures.append({"side": "synthetic", "file": str(record["file"]), "message": error.message})
         brains.append(
@@ -188,19 +191,17 @@ def _dataset(folder: Path) -> Results:
                 _numbers(plan, row, {name: name for name in CONTINUOUS}),
                 {},
                 () if plan.is_missing(row, "extrapolated") else tuple(cells["extrapolated"].split(",")),
-                picture,
             )
         )
+    for position, planes in slices.items():
+        cut = crop or Crop()
+        picture = {str(view): _as_uri(grey_png(cut.of(plane, view))) for view, plane in planes.items()}
+        brains[position] = replace(brains[position], picture=picture)
     provenance = {}
     for name in ("dataset_description.json", "generation.json"):
         with contextlib.suppress(BadInput):
             provenance[name] = read_json(folder / name)
     return Results(folder.resolve().name, {}, provenance, tuple(brains), (), {}, tuple(failures), {}, len(plan))
-
-
-def _picture_of(path: Path) -> Picture:
-    data_XYZ = np.clip(read_nifti(path).data_XYZ, 0, 1)
-    return {view: _as_uri(grey_png(middle_slice(data_XYZ, view))) for view in VIEWS}
 
 
 # ------------------------------------------------------------------------------------------------------------- sweeps

@@ -7,7 +7,7 @@
 
   const value = (row, column) => {
     const text = row.cells[column].textContent.trim();
-    const number = Number(text);
+    const number = Number(text.replace("\u2212", "-"));
     return text !== "" && Number.isFinite(number) ? number : text;
   };
   const compare = (a, b) => {

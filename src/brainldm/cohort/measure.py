@@ -1,0 +1,284 @@
+"""Ventricular and brain volume from a T1w image, with no trained weights.
+
+    affine to the template  ->  three tissues by a Gaussian mixture  ->  CSF near and below the template's ventricles
+
+Anything that gives a `Measured` can take its place: tables of SynthSeg and FreeSurfer are read at the end of this file.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import scipy.ndimage as ndi
+from sklearn.mixture import GaussianMixture
+
+from brainldm.base.errors import BadInput
+from brainldm.base.tables import Table, read_table
+from brainldm.base.volume import Volume
+from brainldm.cohort.register import POOR_CORRELATION, Registration, is_skull_stripped, register_to_template
+from brainldm.cohort.skull import brain_mask
+from brainldm.cohort.template import load_template
+
+# Ventricular CSF lies within this distance of the template's ventricles and deeper than this under its surface (mm in
+# template space), in pieces that touch the template's ventricles and are not mere specks beside the largest.
+NEAR_VENTRICLES_MM = 10.5
+DEEP_MM = 15.0
+SPECK_FRACTION = 0.05
+_MARGIN_MM = 20
+_MIXTURE_SAMPLES = 40_000
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Volumes of one head. `ventricles_mm3` (lateral and inferior lateral, both sides) and `brain_native_mm3` (grey and
+    white matter) are as in the image; `brain_mm3` is the latter times `head_scaling`, template head over this head
+    (SIENAX's normalisation, UK Biobank's field 25009)."""
+
+    ventricles_mm3: float
+    brain_mm3: float
+    brain_native_mm3: float
+    head_scaling: float
+    quality: dict[str, float] = field(default_factory=dict)
+
+
+class VolumeMeasure(Protocol):
+    """What finds volumes in an image."""
+
+    name: str
+
+    def __call__(self, image: Volume) -> Measured:
+        """BadInput when the image shows no brain that could be measured."""
+
+
+@dataclass(frozen=True)
+class TemplateMeasure:
+    """The built-in measure. `aligned` says that images lie rigidly in MNI space already, as prepared and generated ones
+    do, so that only the affine is sought."""
+
+    aligned: bool = False
+    name: str = "brainldm-template"
+
+    def __call__(self, image: Volume, registration: Registration | None = None) -> Measured:
+        """The volumes in `image`: a brain or a whole head, of any resolution and intensity scale.
+
+        `quality` holds the correlation with the template, the separation of grey and white matter in standard
+        deviations, and `poor` (1 where the numbers should not be believed).
+        """
+        if registration is None:
+            registration = register_to_template(image, aligned=self.aligned)
+        if not is_skull_stripped(image):
+            mask = brain_mask(image, registration, method="template")
+            image = Volume(np.where(mask.data_XYZ > 0.5, image.data_XYZ, image.data_XYZ.min()), image.affine)
+        image = Volume(image.data_XYZ - image.data_XYZ.min(), image.affine)
+        tissues = _tissues(image, registration)
+        head_scaling = registration.head_scaling
+        brain_native_mm3 = _brain_template_mm3(image, registration, tissues) / head_scaling
+        separation = (tissues.white - tissues.grey) / tissues.spread
+        correlation = registration.quality.get("correlation", 1.0)
+        poor = correlation < POOR_CORRELATION or separation < 1.5 or not 0.6 < head_scaling < 2.6
+        return Measured(
+            ventricles_mm3=_ventricles_template_mm3(image, registration, tissues) / head_scaling,
+            brain_mm3=brain_native_mm3 * head_scaling,
+            brain_native_mm3=brain_native_mm3,
+            head_scaling=head_scaling,
+            quality={"correlation": correlation, "tissue_separation": float(separation), "poor": float(poor)},
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- tissues
+
+
+@dataclass(frozen=True)
+class _Tissues:
+    """Mean intensities of the three tissues and their common standard deviation."""
+
+    csf: float
+    grey: float
+    white: float
+    spread: float
+
+    def csf_fraction(self, intensity: np.ndarray, neighbour: float) -> np.ndarray:
+        """How much of a voxel is CSF when the rest of it is of the `neighbour` intensity."""
+        return np.clip((neighbour - intensity) / (neighbour - self.csf), 0.0, 1.0)
+
+
+def _tissues(image: Volume, registration: Registration) -> _Tissues:
+    """A mixture of three Gaussians of one width over the brain.
+
+    One width for all, because the few and varied CSF voxels of a young brain otherwise spread their Gaussian over the
+    grey matter.
+    """
+    sampled = _in_template_space(image, registration, 2)
+    inside = sampled[(load_template(2).brain_mask.data_XYZ > 0) & (sampled > 0)]
+    if inside.size < 1000:
+        raise BadInput("there is no brain where the template has one.", remedy="Look at the scan.", reason="no_brain")
+    bright = float(np.percentile(inside, 90))
+    mixture = GaussianMixture(
+        3, covariance_type="tied", means_init=np.array([[0.3], [0.65], [1.0]]) * bright, random_state=0, max_iter=200
+    )
+    step = max(1, inside.size // _MIXTURE_SAMPLES)
+    mixture.fit(inside[::step, None].astype(np.float64))
+    csf, grey, white = np.sort(mixture.means_[:, 0])
+    return _Tissues(float(csf), float(grey), float(white), float(mixture.covariances_[0, 0] ** 0.5))
+
+
+def _brain_template_mm3(image: Volume, registration: Registration, tissues: _Tissues) -> float:
+    """Grey and white matter in template mm^3: every voxel of the brain less its CSF fraction beside grey matter."""
+    template = load_template(2)
+    sampled = _in_template_space(image, registration, 2)
+    inside = (_near_brain() > 0) & (sampled > 0)
+    tissue = 1.0 - tissues.csf_fraction(sampled[inside], tissues.grey)
+    return float(tissue.sum(dtype=np.float64)) * template.t1.voxel_mm3
+
+
+# ---------------------------------------------------------------------------------------------------------- ventricles
+
+
+@lru_cache(maxsize=1)
+def _near_brain() -> np.ndarray:
+    """The template's brain and 4 mm around it, at 2 mm: people's brains reach over the average one's edge."""
+    return ndi.binary_dilation(load_template(2).brain_mask.data_XYZ > 0, iterations=2)
+
+
+@dataclass(frozen=True)
+class _Region:
+    """The part of template space (1 mm) in which ventricles are looked for."""
+
+    affine: np.ndarray
+    core: np.ndarray
+    allowed: np.ndarray
+
+
+@lru_cache(maxsize=1)
+def _ventricle_region() -> _Region:
+    template = load_template(1)
+    core = template.ventricles.data_XYZ > 0.5
+    corners = np.argwhere(core)
+    low, high = corners.min(axis=0) - _MARGIN_MM, corners.max(axis=0) + 1 + _MARGIN_MM
+    box = tuple(slice(a, b) for a, b in zip(low, high))
+    deep = ndi.distance_transform_edt(template.brain_mask.data_XYZ > 0)[box] > DEEP_MM
+    near = ndi.distance_transform_edt(~core[box]) < NEAR_VENTRICLES_MM
+    affine = template.t1.affine.copy()
+    affine[:3, 3] += template.t1.affine[:3, :3] @ low
+    return _Region(affine, core[box], near & deep)
+
+
+def _ventricles_template_mm3(image: Volume, registration: Registration, tissues: _Tissues) -> float:
+    """Ventricular CSF in template mm^3, with partial volume at its border.
+
+    The ventricles' walls are half white matter, half grey (caudate, thalamus), so a border voxel is shared between CSF
+    and their mean.
+    """
+    region = _ventricle_region()
+    sampled = _sampled(image, registration, region.affine, region.core.shape)
+    wall = 0.5 * (tissues.grey + tissues.white)
+    fraction = tissues.csf_fraction(sampled, wall) * region.allowed
+    pieces, count = ndi.label(fraction > 0.5)
+    if count == 0:
+        return 0.0
+    sizes = np.bincount(pieces.ravel())
+    in_core = np.bincount(pieces.ravel(), weights=region.core.ravel())
+    sizes[0] = in_core[0] = 0
+    kept = np.flatnonzero((in_core > 0) & (sizes >= SPECK_FRACTION * sizes[in_core > 0].max(initial=0)))
+    ventricles = ndi.binary_dilation(np.isin(pieces, kept))
+    return float((fraction * ventricles).sum(dtype=np.float64))  # voxels of 1 mm^3
+
+
+# ------------------------------------------------------------------------------------------------------ template space
+
+
+def _in_template_space(image: Volume, registration: Registration, resolution_mm: int) -> np.ndarray:
+    template = load_template(resolution_mm).t1
+    return _sampled(image, registration, template.affine, template.shape_XYZ)
+
+
+def _sampled(
+    image: Volume, registration: Registration, affine: np.ndarray, shape_XYZ: tuple[int, ...]
+) -> np.ndarray:
+    """The image at the voxels of a grid of template space, trilinear, 0 where it does not reach."""
+    matrix = np.linalg.inv(image.affine) @ np.linalg.inv(registration.mni_from_scan_affine) @ affine
+    return ndi.affine_transform(
+        image.data_XYZ.astype(np.float32), matrix[:3, :3], matrix[:3, 3], output_shape=shape_XYZ, order=1
+    )
+
+
+# ------------------------------------------------------------------------------------------- other people's segmenters
+
+_SYNTHSEG_VENTRICLES = (
+    "left lateral ventricle",
+    "right lateral ventricle",
+    "left inferior lateral ventricle",
+    "right inferior lateral ventricle",
+)
+_SYNTHSEG_NOT_BRAIN = ("csf", "ventricle", "total intracranial")
+_ASEG_VENTRICLES = ("Left-Lateral-Ventricle", "Right-Lateral-Ventricle", "Left-Inf-Lat-Vent", "Right-Inf-Lat-Vent")
+_ASEG_BRAIN = ("BrainSegVolNotVent", "BrainSegNotVent")
+_ASEG_HEAD = ("EstimatedTotalIntraCranialVol", "eTIV")
+
+
+def measured_from_tables(path: Path) -> dict[str, Measured]:
+    """Volumes by participant from what `mri_synthseg --vol` or FreeSurfer's `asegstats2table` wrote (CSV or TSV).
+
+    The head's size is the intracranial volume of the table. BadInput when a column is missing or a cell is no number.
+    Participants are the first column's text, from `sub-` on where that occurs in it.
+    """
+    table = read_table(path)
+    lower = {column.lower(): column for column in table.columns}
+    if all(name in lower for name in _SYNTHSEG_VENTRICLES):
+        ventricles = [lower[name] for name in _SYNTHSEG_VENTRICLES]
+        brain = [
+            column
+            for column in table.columns[1:]
+            if not any(word in column.lower() for word in _SYNTHSEG_NOT_BRAIN)
+        ]
+        head = _first_of(table, lower, ("total intracranial",))
+    elif all(name.lower() in lower for name in _ASEG_VENTRICLES):
+        ventricles = [lower[name.lower()] for name in _ASEG_VENTRICLES]
+        brain = [_first_of(table, lower, _ASEG_BRAIN)]
+        head = _first_of(table, lower, _ASEG_HEAD)
+    else:
+        raise BadInput(
+            f"is neither a SynthSeg nor a FreeSurfer table of volumes; its columns begin with "
+            f"{', '.join(table.columns[:4])}.",
+            remedy="Give what mri_synthseg --vol or asegstats2table wrote.",
+            path=path,
+            reason="unknown_table",
+        )
+    return {
+        _participant(table.rows[row][table.columns[0]]): _measured_row(table, row, ventricles, brain, head)
+        for row in range(len(table))
+    }
+
+
+def _first_of(table: Table, lower: dict[str, str], names: tuple[str, ...]) -> str:
+    for name in names:
+        if name.lower() in lower:
+            return lower[name.lower()]
+    table.require(names[0])
+    return names[0]
+
+
+def _measured_row(table: Table, row: int, ventricles: list[str], brain: list[str], head: str) -> Measured:
+    def total(columns: list[str]) -> float:
+        values = [table.number(row, column) for column in columns]
+        for column, value in zip(columns, values):
+            if value is None or value < 0:
+                raise table.fault(row, column, "is no volume.")
+        return float(sum(value for value in values if value is not None))
+
+    head_mm3 = total([head])
+    if head_mm3 <= 0:
+        raise table.fault(row, head, "is no intracranial volume.")
+    head_scaling = load_template(1).head_mm3 / head_mm3
+    brain_native_mm3 = total(brain)
+    return Measured(total(ventricles), brain_native_mm3 * head_scaling, brain_native_mm3, head_scaling)
+
+
+def _participant(text: str) -> str:
+    found = re.search(r"sub-[A-Za-z0-9]+", text)
+    return found.group(0) if found else Path(text).name.split(".")[0]

@@ -1,0 +1,392 @@
+"""Where a scan lies in the template's space: a rigid motion to put it there, an affine to compare it.
+
+The MNI152 template is larger than the people it averages, so a rigid motion cannot be optimised against it without bias.
+The affine (12 degrees of freedom) is found first; the rigid motion is the one that moves the template's brain points
+most nearly as the affine does (least squares), so that every head keeps its size and its brain is centred alike.
+
+Deterministic: full sampling, one thread, no random start.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import scipy.ndimage as ndi
+import SimpleITK as sitk
+from scipy.spatial.transform import Rotation
+
+from brainldm.base.errors import BadInput
+from brainldm.base.volume import GRIDS, Grid, Volume
+from brainldm.cohort.template import load_template
+
+# ITK's points are LPS, ours RAS: x and y change sign.
+_FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+COARSE_MM, MIDDLE_MM, FINE_MM = 8, 4, 2
+HISTOGRAM_BINS = 32
+# First steps of the gradient descent in mm of physical shift; an affine that starts with more can run away.
+_FIRST_STEP = {
+    ("similarity", COARSE_MM): 2.0,
+    ("similarity", MIDDLE_MM): 0.5,
+    ("affine", MIDDLE_MM): 0.2,
+    ("affine", FINE_MM): 0.1,
+}
+# Starts for a scan whose header may be off: the header's own directions and turns about each axis.
+_TURNS_DEGREES = [(0, 0, 0)] + [
+    tuple(int(angle * (axis == k)) for k in range(3)) for axis in range(3) for angle in (-40, 40)
+]
+# A mutual information (negative, at 8 mm) that only a brain lying right reaches; turned ones stay above -0.8.
+GOOD_START = -0.9
+# Below this correlation with the template (over its brain, after the affine) somebody should look at the overlay.
+POOR_CORRELATION = 0.6
+
+
+@dataclass(frozen=True)
+class Registration:
+    """How a scan maps onto the template. Both matrices are (4, 4) and act on RAS+ mm.
+
+    `mni_from_scan` is rigid; `mni_from_scan_affine` also scales and shears. `head_scaling` is the volume ratio of the
+    template to this head (the affine's determinant): what SIENAX normalises brain volumes by.
+    """
+
+    mni_from_scan: np.ndarray
+    mni_from_scan_affine: np.ndarray
+    quality: dict[str, float]
+    method: str
+
+    @property
+    def head_scaling(self) -> float:
+        return float(np.linalg.det(self.mni_from_scan_affine[:3, :3]))
+
+
+def register_to_template(
+    scan: Volume, brain_mask: Volume | None = None, *, aligned: bool = False, skull_stripped: bool | None = None
+) -> Registration:
+    """The rigid and the affine motion of a T1w scan (brain or whole head) onto the MNI152 template.
+
+    `brain_mask`, on the scan's own grid, limits the scan to the brain. `aligned` says that the scan already lies
+    rigidly in MNI space: only its affine is sought, from there, and the rigid motion is the identity.
+    `quality` holds the correlation with the template after the affine, rotation and translation of the rigid motion, the
+    share of the brain that the paper's box cuts off, and seconds. BadInput when there is nothing to register.
+    """
+    begun = time.perf_counter()
+    moving = _prepared(scan, brain_mask)
+    if skull_stripped is None:
+        skull_stripped = brain_mask is not None or is_skull_stripped(scan)
+    starts = [np.eye(4)] if aligned else _starts(moving, skull_stripped)
+    mni_from_scan_affine = _affine(moving, starts, aligned=aligned, skull_stripped=skull_stripped)
+    rigid = np.eye(4) if aligned else closest_rigid(mni_from_scan_affine)
+    rotation = Rotation.from_matrix(rigid[:3, :3]).magnitude()
+    template_centre = _centre_of_mass(_fixed(MIDDLE_MM))
+    shift = template_centre - (np.linalg.inv(rigid) @ np.append(template_centre, 1))[:3]
+    quality = {
+        "correlation": _correlation(scan, mni_from_scan_affine),
+        "head_scaling": float(np.linalg.det(mni_from_scan_affine[:3, :3])),
+        "rotation_degrees": float(np.degrees(rotation)),
+        "translation_mm": float(np.linalg.norm(shift)),
+        "cut_brain_fraction": _cut_fraction(rigid, mni_from_scan_affine),
+        "seconds": time.perf_counter() - begun,
+    }
+    return Registration(rigid, mni_from_scan_affine, quality, "rigid" if not aligned else "none")
+
+
+def closest_rigid(mni_from_scan_affine: np.ndarray) -> np.ndarray:
+    """The rigid motion that agrees best with an affine one over the template's brain: least squares in scan mm."""
+    scan_from_mni = np.linalg.inv(mni_from_scan_affine)
+    points_mni = _brain_points()
+    points_scan = points_mni @ scan_from_mni[:3, :3].T + scan_from_mni[:3, 3]
+    centre_mni, centre_scan = points_mni.mean(axis=0), points_scan.mean(axis=0)
+    u, _, vt = np.linalg.svd((points_mni - centre_mni).T @ (points_scan - centre_scan))
+    turn = np.diag([1.0, 1.0, np.linalg.det(u @ vt)])
+    rotation = u @ turn @ vt  # mni = rotation @ scan
+    rigid = np.eye(4)
+    rigid[:3, :3] = rotation
+    rigid[:3, 3] = centre_mni - rotation @ centre_scan
+    return rigid
+
+
+def resample_to_grid(scan: Volume, mni_from_scan: np.ndarray, grid: Grid, *, order: int = 1) -> Volume:
+    """The scan on `grid` after one interpolation straight from its own voxels; 0 where the scan does not reach.
+
+    Where the grid is coarser than the scan, the scan is smoothed first (a Gaussian of the missing width), so that
+    fine structure becomes partial volume and not noise. `order` is 1 (trilinear, as the authors) or 3 (cubic spline).
+    """
+    data_XYZ = _antialiased(scan, grid.voxel_mm)
+    scan_voxel_from_grid_voxel = np.linalg.inv(scan.affine) @ np.linalg.inv(mni_from_scan) @ grid.affine
+    resampled = ndi.affine_transform(
+        data_XYZ,
+        scan_voxel_from_grid_voxel[:3, :3],
+        scan_voxel_from_grid_voxel[:3, 3],
+        output_shape=grid.shape_XYZ,
+        order=order,
+        mode="constant",
+        cval=0.0,
+    )
+    return Volume(resampled.astype(np.float32), np.array(grid.affine), scan.notes)
+
+
+def is_skull_stripped(scan: Volume) -> bool:
+    """Whether a scan shows a brain alone: much of it is exactly its darkest value, and what is not is brain-sized.
+
+    A whole head fills litres beyond the brain (skin, fat, neck) even where its background is exactly 0.
+    """
+    background = scan.data_XYZ <= scan.data_XYZ.min()
+    inside_ml = float((~background).sum()) * scan.voxel_mm3 / 1000
+    return bool(background.mean() > 0.2 and inside_ml < 2600)
+
+
+# ------------------------------------------------------------------------------------------------------- preparation
+
+
+def _antialiased(scan: Volume, target_mm: float) -> np.ndarray:
+    """The voxels smoothed for a target resolution: variances add, so sigma^2 = (target^2 - voxel^2) / (8 ln 2)."""
+    missing = np.maximum(target_mm**2 - scan.voxel_mm**2, 0.0) / (8 * np.log(2))
+    sigma_voxels = np.sqrt(missing) / scan.voxel_mm
+    if sigma_voxels.max() < 0.3:
+        return scan.data_XYZ.astype(np.float32)
+    return ndi.gaussian_filter(scan.data_XYZ.astype(np.float32), sigma_voxels, mode="constant")
+
+
+def _prepared(scan: Volume, brain_mask: Volume | None) -> Volume:
+    data_XYZ = scan.data_XYZ.astype(np.float32)
+    if brain_mask is not None:
+        if brain_mask.shape_XYZ != scan.shape_XYZ:
+            raise BadInput(
+                f"the brain mask has the shape {brain_mask.shape_XYZ}, the scan {scan.shape_XYZ}.",
+                remedy="Give a mask on the scan's own grid.",
+                reason="mask",
+            )
+        data_XYZ = np.where(brain_mask.data_XYZ > 0.5, data_XYZ, 0)
+    low = float(data_XYZ.min())
+    lit = data_XYZ[data_XYZ > low]
+    if lit.size < 100:
+        raise BadInput("there is nothing in the image to register.", remedy="Check the scan.", reason="empty")
+    top = float(np.percentile(lit, 99.5))
+    if not top > low:
+        raise BadInput("the image has no contrast to register.", remedy="Check the scan.", reason="constant")
+    return Volume(np.clip((data_XYZ - low) / (top - low), 0, 1.2), scan.affine)
+
+
+def _to_itk(volume: Volume) -> sitk.Image:
+    image = sitk.GetImageFromArray(np.ascontiguousarray(volume.data_XYZ.T.astype(np.float32)))
+    lps = _FLIP @ volume.affine
+    spacing = volume.voxel_mm
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+    return image
+
+
+@lru_cache(maxsize=4)
+def _fixed(resolution_mm: int) -> Volume:
+    """The template's brain on a grid of that resolution, in a 16 mm margin of nothing."""
+    template = load_template(2)
+    margin = 8
+    data_XYZ = np.pad(template.t1.data_XYZ * (template.brain_mask.data_XYZ > 0), margin)
+    affine = template.t1.affine.copy()
+    affine[:3, 3] -= affine[:3, :3] @ np.full(3, float(margin))
+    padded = Volume(data_XYZ.astype(np.float32), affine)
+    return padded if resolution_mm == FINE_MM else _coarser(padded, resolution_mm)
+
+
+@lru_cache(maxsize=4)
+def _fixed_mask(resolution_mm: int, margin_mm: int) -> sitk.Image:
+    """Where the metric looks: the template's brain, widened by a margin."""
+    brain = _to_itk(_fixed(resolution_mm)) > 0.05
+    steps = max(1, round(margin_mm / resolution_mm))
+    return sitk.BinaryDilate(sitk.Cast(brain, sitk.sitkUInt8), [steps] * 3)
+
+
+def _coarser(volume: Volume, resolution_mm: float) -> Volume:
+    """The volume smoothed and sampled on isotropic voxels of that size along its own axes."""
+    voxel_mm = volume.voxel_mm
+    steps = np.maximum(resolution_mm / voxel_mm, 1.0)
+    shape = [max(1, int(np.ceil(n / s))) for n, s in zip(volume.shape_XYZ, steps)]
+    offset = (steps - 1) / 2
+    smooth = _antialiased(volume, resolution_mm)
+    data_XYZ = ndi.affine_transform(smooth, steps, offset, output_shape=tuple(shape), order=1)
+    affine = volume.affine.copy()
+    affine[:3, :3] = volume.affine[:3, :3] * steps
+    affine[:3, 3] = volume.affine[:3, 3] + volume.affine[:3, :3] @ offset
+    return Volume(data_XYZ, affine)
+
+
+@lru_cache(maxsize=1)
+def _brain_points() -> np.ndarray:
+    """The template's brain as points in mm, (N, 3), one for each 8 mm."""
+    mask = load_template(8).brain_mask
+    voxels = np.argwhere(mask.data_XYZ > 0)
+    return np.asarray(voxels @ mask.affine[:3, :3].T + mask.affine[:3, 3])
+
+
+def _centre_of_mass(volume: Volume) -> np.ndarray:
+    voxel = ndi.center_of_mass(np.maximum(volume.data_XYZ, 0))
+    return np.asarray(volume.affine[:3, :3] @ np.array(voxel) + volume.affine[:3, 3])
+
+
+# ---------------------------------------------------------------------------------------------------- the optimisation
+
+
+def _starts(moving: Volume, skull_stripped: bool) -> list[np.ndarray]:
+    """First guesses of scan_from_mni: centres on one another, heads of one size, several turns; for a whole head also
+    several heights, because its centre of mass lies below the brain's."""
+    coarse = _coarser(moving, COARSE_MM)
+    fixed = _fixed(COARSE_MM)
+    centre_mni = _centre_of_mass(fixed)
+    if skull_stripped:
+        inside_mm3 = float((coarse.data_XYZ > 0.1).sum()) * coarse.voxel_mm3
+        scale = float(np.clip((inside_mm3 / load_template(2).head_mm3) ** (1 / 3), 0.7, 1.15))
+        centres = [_centre_of_mass(coarse)]
+    else:
+        scale = 0.92
+        lit = coarse.data_XYZ > 0.2
+        voxels = np.argwhere(lit) @ coarse.affine[:3, :3].T + coarse.affine[:3, 3]
+        centre, top = voxels.mean(axis=0), float(np.percentile(voxels[:, 2], 99.5))
+        # The brain's centre lies about 75 mm below the top of the skin, wherever the field of view ends below.
+        heights = [top - 75.0, top - 90.0, float(centre[2])]
+        centres = [np.array([centre[0], centre[1], z]) for z in heights]
+    starts = []
+    for centre in centres:
+        for turn in _TURNS_DEGREES:
+            start = np.eye(4)
+            start[:3, :3] = scale * Rotation.from_euler("xyz", turn, degrees=True).as_matrix()
+            start[:3, 3] = centre - start[:3, :3] @ centre_mni
+            starts.append(start)
+    return starts
+
+
+def _affine(moving: Volume, starts: Sequence[np.ndarray], *, aligned: bool, skull_stripped: bool) -> np.ndarray:
+    """mni_from_scan: a similarity from every start at 8 mm, the best of them refined as an affine at 4 and 2 mm."""
+    margin_mm = 10 if skull_stripped else 4
+    if aligned:
+        best = starts[0]
+        # A head that keeps its size is smaller than the template, which centres both at the same place.
+        best = _scaled_about_centre(best, _size_ratio(moving))
+    else:
+        best = _best_start(moving, starts, margin_mm)
+        best, _ = _optimised(moving, best, MIDDLE_MM, margin_mm, kind="similarity")
+    best, _ = _optimised(moving, best, MIDDLE_MM, margin_mm, kind="affine")
+    if float(moving.voxel_mm.min()) < 3.0:
+        best, _ = _optimised(moving, best, FINE_MM, margin_mm, kind="affine")
+    return np.linalg.inv(best)
+
+
+def _best_start(moving: Volume, starts: Sequence[np.ndarray], margin_mm: int) -> np.ndarray:
+    best, best_metric = starts[0], float("inf")
+    for start in starts:
+        found, metric = _optimised(moving, start, COARSE_MM, margin_mm, kind="similarity")
+        if metric < best_metric:
+            best, best_metric = found, metric
+        if best_metric < GOOD_START:
+            break
+    return best
+
+
+def _size_ratio(moving: Volume) -> float:
+    inside_mm3 = float((moving.data_XYZ > 0.1).sum()) * moving.voxel_mm3
+    return float(np.clip((inside_mm3 / load_template(2).head_mm3) ** (1 / 3), 0.7, 1.15))
+
+
+def _scaled_about_centre(scan_from_mni: np.ndarray, scale: float) -> np.ndarray:
+    centre = _centre_of_mass(_fixed(MIDDLE_MM))
+    scaled = scan_from_mni.copy()
+    scaled[:3, :3] *= scale
+    scaled[:3, 3] = scan_from_mni[:3, :3] @ centre + scan_from_mni[:3, 3] - scaled[:3, :3] @ centre
+    return scaled
+
+
+def _optimised(
+    moving: Volume, scan_from_mni: np.ndarray, resolution_mm: int, margin_mm: int, *, kind: str
+) -> tuple[np.ndarray, float]:
+    """scan_from_mni improved at one resolution, and the metric there (negative mutual information: lower is better)."""
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    fixed = _to_itk(_fixed(resolution_mm))
+    image = _to_itk(_coarser(moving, resolution_mm))
+    lps = _FLIP @ scan_from_mni @ _FLIP
+    centre = (_FLIP[:3, :3] @ _centre_of_mass(_fixed(MIDDLE_MM))).tolist()
+    transform = _itk_transform(lps, centre, kind)
+
+    method = sitk.ImageRegistrationMethod()
+    method.SetMetricAsMattesMutualInformation(HISTOGRAM_BINS)
+    method.SetMetricFixedMask(_fixed_mask(resolution_mm, margin_mm))
+    if resolution_mm == FINE_MM:
+        method.SetMetricSamplingStrategy(method.REGULAR)
+        method.SetMetricSamplingPercentage(0.2)
+    else:
+        method.SetMetricSamplingStrategy(method.NONE)
+    method.SetInterpolator(sitk.sitkLinear)
+    method.SetOptimizerAsRegularStepGradientDescent(
+        learningRate=_FIRST_STEP[kind, resolution_mm],
+        minStep=_FIRST_STEP[kind, resolution_mm] / 100,
+        numberOfIterations=80,
+        relaxationFactor=0.6,
+        gradientMagnitudeTolerance=1e-6,
+    )
+    method.SetOptimizerScalesFromPhysicalShift()
+    method.SetInitialTransform(transform, inPlace=True)
+    try:
+        method.Execute(fixed, image)
+    except RuntimeError:
+        # ITK gives up where image and template do not overlap: as bad as a start can be.
+        return scan_from_mni, float("inf")
+    found = np.eye(4)
+    found[:3, :3] = np.array(transform.GetMatrix()).reshape(3, 3)
+    found[:3, 3] = (
+        np.array(transform.GetTranslation())
+        + np.array(transform.GetCenter())
+        - found[:3, :3] @ np.array(transform.GetCenter())
+    )
+    return _FLIP @ found @ _FLIP, float(method.GetMetricValue())
+
+
+def _itk_transform(lps: np.ndarray, centre: list[float], kind: str) -> sitk.Transform:
+    linear, offset = lps[:3, :3], lps[:3, 3]
+    about = np.array(centre)
+    translation = (linear @ about + offset - about).tolist()
+    if kind == "affine":
+        affine = sitk.AffineTransform(3)
+        affine.SetCenter(centre)
+        affine.SetMatrix(linear.ravel().tolist())
+        affine.SetTranslation(translation)
+        return affine
+    similarity = sitk.Similarity3DTransform()
+    similarity.SetCenter(centre)
+    similarity.SetMatrix(_orthogonalised(linear).ravel().tolist(), 1e-6)
+    similarity.SetTranslation(translation)
+    return similarity
+
+
+def _orthogonalised(linear: np.ndarray) -> np.ndarray:
+    u, s, vt = np.linalg.svd(linear)
+    return np.asarray(s.mean() * (u @ vt))
+
+
+# ------------------------------------------------------------------------------------------------------------- quality
+
+
+def _correlation(scan: Volume, mni_from_scan_affine: np.ndarray) -> float:
+    """Pearson correlation of scan and template over the template's brain, at 4 mm."""
+    fixed = _fixed(MIDDLE_MM)
+    grid_affine = fixed.affine
+    smooth = _antialiased(scan, MIDDLE_MM)
+    matrix = np.linalg.inv(scan.affine) @ np.linalg.inv(mni_from_scan_affine) @ grid_affine
+    there = ndi.affine_transform(smooth, matrix[:3, :3], matrix[:3, 3], output_shape=fixed.shape_XYZ, order=1)
+    inside = fixed.data_XYZ > 0.05
+    if float(np.std(there[inside])) == 0.0:
+        return 0.0
+    return float(np.corrcoef(there[inside], fixed.data_XYZ[inside])[0, 1])
+
+
+def _cut_fraction(mni_from_scan: np.ndarray, mni_from_scan_affine: np.ndarray) -> float:
+    """The share of this person's brain that lies outside the paper's box after the rigid motion."""
+    points_mni = _brain_points()
+    to_rigid = mni_from_scan @ np.linalg.inv(mni_from_scan_affine)
+    points = points_mni @ to_rigid[:3, :3].T + to_rigid[:3, 3]
+    box = GRIDS["paper"]
+    low = np.array(box.origin_mm) - box.voxel_mm / 2
+    high = low + np.array(box.shape_XYZ) * box.voxel_mm
+    return float(1 - ((points >= low) & (points <= high)).all(axis=1).mean())

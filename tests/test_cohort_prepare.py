@@ -1,0 +1,654 @@
+"""From a study to a cohort: everybody usable is in it, everybody else is listed, and no interruption leaves a trace.
+
+Registration and measuring have tests of their own; here they are replaced by what they would say of a scan that is in
+place already, but for the last tests, which prepare real scans.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel
+import numpy as np
+import pytest
+
+from brainldm.base.errors import BadInput, EnvironmentProblem, PartialFailure, UsageError
+from brainldm.base.files import locked_folder, read_json, write_json
+from brainldm.base.manifest import Manifest
+from brainldm.base.nifti import read_nifti, write_nifti
+from brainldm.base.progress import Quiet
+from brainldm.base.tables import read_table
+from brainldm.base.volume import GRIDS
+from brainldm.cohort import prepare_scan as one_scan
+from brainldm.cohort import unires
+from brainldm.cohort.dataset import PreparedCohort, VolumeDataset
+from brainldm.cohort.prepare import PrepareConfig, prepare_study
+from brainldm.cohort.register import Registration
+
+GRID = GRIDS["4mm"]
+CONFIG = PrepareConfig(grid="4mm")
+
+
+def brain(seed: int) -> np.ndarray:
+    """A stripped, lopsided ball of noise on the 4 mm grid."""
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in GRID.shape_XYZ), indexing="ij")
+    inside = (x + 0.1) ** 2 + y**2 + z**2 < 0.6
+    values = np.random.default_rng(seed).uniform(0.2, 0.75, GRID.shape_XYZ)
+    return np.where(inside, values * (1 + 0.3 * x), 0)
+
+
+def write_study(folder: Path, people: int = 6, space: str = "", first: int = 0, seed: int = 0) -> Path:
+    """A BIDS study of such brains, with a table that has a column of its own and one named like ours."""
+    rows = ["participant_id\tage\tsex\tgroup\tventricles_mm3\tbrain_mm3"]
+    for index in range(people):
+        name = f"sub-{index:02d}"
+        rows.append(f"{name}\t{30 + index}\t{'FM'[index % 2]}\tg{index % 3}\t{20000 + index}\t{1300000 + index}")
+        if index >= first:
+            entity = f"_space-{space}" if space else ""
+            path = folder / name / "anat" / f"{name}{entity}_T1w.nii.gz"
+            write_nifti(path, brain(seed + index), GRID.affine, dtype="int16_unit")
+    (folder / "participants.tsv").write_text("\n".join(rows) + "\n")
+    write_json(folder / "dataset_description.json", {"Name": "Balls", "BIDSVersion": "1.10.0", "License": "CC0"})
+    write_json(folder / "participants.json", {"group": {"Description": "Which group"}})
+    return folder
+
+
+@pytest.fixture
+def in_place(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replaces registration and measuring by what is true of `brain`; returns the scans that were registered."""
+    registered: list[str] = []
+
+    def register(scan, brain_mask=None, *, aligned=False):  # type: ignore[no-untyped-def]
+        registered.append("aligned" if aligned else "rigid")
+        return Registration(np.eye(4), np.eye(4), {"correlation": 0.9, "seconds": time.monotonic()}, "in place")
+
+    @dataclass
+    class Measure:
+        name: str = "fake"
+
+        def __call__(self, image, registration=None):  # type: ignore[no-untyped-def]
+            volume = float((image.data_XYZ > 0).sum()) * image.voxel_mm3
+            return SimpleNamespace(
+                ventricles_mm3=volume / 50,
+                brain_mm3=1.25 * volume,
+                brain_native_mm3=volume,
+                head_scaling=1.25,
+                quality={},
+            )
+
+    monkeypatch.setattr(one_scan, "register_to_template", register)
+    monkeypatch.setattr(one_scan, "TemplateMeasure", Measure)
+    return registered
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def table(folder: Path, name: str = "participants.tsv") -> dict[str, dict[str, str]]:
+    return {row["participant_id"]: row for row in read_table(folder / name).rows}
+
+
+# ------------------------------------------------------------------------------------------------------ the usual way
+
+
+def test_a_study_becomes_a_cohort(tmp_path: Path, in_place: list[str]) -> None:
+    study, out = write_study(tmp_path / "balls"), tmp_path / "out"
+    summary = prepare_study(study, out, CONFIG)
+    assert (summary.people, summary.failures, summary.newly_prepared) == (6, (), 6)
+    assert sum(summary.splits.values()) == 6 and "6 people are prepared" in str(summary)
+    assert not (out / "failures.tsv").exists()
+
+    people = read_table(out / "participants.tsv")
+    assert people.columns == (
+        "participant_id", "age_years", "sex", "ventricles_mm3", "brain_mm3", "split",
+        "group", "study_ventricles_mm3", "study_brain_mm3",
+    )  # fmt: skip
+    row = table(out)["sub-03"]
+    assert (row["age_years"], row["sex"], row["group"], row["study_ventricles_mm3"]) == ("33", "M", "g0", "20003")
+    native = read_nifti(next(study.glob("sub-03/anat/*.nii.gz")))
+    volume = float((native.data_XYZ > 0).sum()) * native.voxel_mm3
+    assert float(row["brain_mm3"]) == pytest.approx(1.25 * volume)
+    assert read_json(out / "participants.json")["group"] == {"Description": "Which group"}
+    assert read_json(out / "participants.json")["ventricles_mm3"]["Units"] == "mm^3"
+
+    cohort = PreparedCohort.open(out)
+    assert (cohort.name, cohort.licence, cohort.grid) == ("balls", "CC0", GRID)
+    assert cohort.preprocessing["skull_stripped"] is True
+    dataset = VolumeDataset(cohort)
+    for index in range(6):
+        image, told = dataset.image_XYZ(index), brain(index)
+        assert image.min() == 0 and image.max() == 1
+        np.testing.assert_allclose(image, told / told.max(), atol=2e-4)
+    header = nibabel.load(dataset.rows[0].path).header
+    assert int(header["sform_code"]) == int(header["qform_code"]) == 2
+    quality = table(out, "quality.tsv")
+    assert float(quality["sub-00"]["correlation"]) == 0.9 and quality["sub-00"]["flags"] == "n/a"
+    transforms = read_json(next(out.glob("sub-00/anat/*_xfm.json")))
+    assert transforms["mni_from_scan"] == np.eye(4).tolist() and transforms["head_scaling"] == 1
+    assert len(list(out.glob("sub-*/figures/*_overlay.png"))) == 6
+
+
+def test_nothing_in_the_cohort_says_where_things_lay(tmp_path: Path, in_place: list[str]) -> None:
+    study, out = write_study(tmp_path / "secretplace" / "balls"), tmp_path / "out"
+    (study / "sub-02/anat/sub-02_T1w.nii.gz").write_bytes(b"")
+    with pytest.raises(PartialFailure):
+        prepare_study(study, out, CONFIG)
+    for name, content in contents(out).items():
+        assert b"secretplace" not in content, name
+
+
+def test_the_cohort_is_valid_bids(tmp_path: Path, in_place: list[str]) -> None:
+    validator = Path(sys.executable).with_name("bids-validator-deno")
+    if not validator.exists():
+        pytest.skip("bids-validator-deno is not installed (extra `bids`)")
+    study, out = write_study(tmp_path / "balls"), tmp_path / "out"
+    # One head with its skull, so that images differ in what they must say of themselves.
+    head = np.random.default_rng(0).uniform(0.1, 1, GRID.shape_XYZ)
+    write_nifti(study / "sub-02/anat/sub-02_T1w.nii.gz", head, GRID.affine, dtype="int16_unit")
+    (study / "sub-03/anat/sub-03_T1w.nii.gz").write_bytes(b"")
+    with pytest.raises(PartialFailure):
+        prepare_study(study, out, CONFIG)
+    done = subprocess.run([validator, out, "--max-rows", "-1", "--format", "json"], capture_output=True, check=False)
+    import json
+
+    issues = json.loads(done.stdout)["issues"]["issues"]
+    assert [i for i in issues if i["severity"] == "error"] == []
+    assert read_json(out / "space-MNI152rigid_T1w.json")["SkullStripped"] is False
+    assert read_json(next(out.glob("sub-01/anat/*_T1w.json"))) == {"SkullStripped": True}
+    assert not list(out.glob("sub-02/anat/*_T1w.json"))
+
+
+def test_scans_in_mni_space_are_only_resliced(tmp_path: Path, in_place: list[str]) -> None:
+    study = write_study(tmp_path / "balls", 3, space="MNI152NLin2009cAsym")
+    prepare_study(study, tmp_path / "out", CONFIG)
+    assert in_place == ["aligned"] * 3
+    prepare_study(study, tmp_path / "rigid", PrepareConfig(grid="4mm", register="rigid"))
+    assert in_place[3:] == ["rigid"] * 3
+    own_space = write_study(tmp_path / "own", 3)
+    prepare_study(own_space, tmp_path / "none", PrepareConfig(grid="4mm", register="none"))
+    assert in_place[6:] == ["aligned"] * 3
+    prepare_study(own_space, tmp_path / "table", PrepareConfig(grid="4mm", register="none", volumes="table"))
+    assert len(in_place) == 9, "nothing is sought where nothing is needed"
+
+
+def test_a_prepared_cohort_can_be_prepared_again_on_another_grid(tmp_path: Path, in_place: list[str]) -> None:
+    study = write_study(tmp_path / "balls", 3, space="MNI152NLin2009cAsym")
+    prepare_study(study, tmp_path / "a", CONFIG)
+    prepare_study(tmp_path / "a", tmp_path / "b", CONFIG)
+    for one, other in zip(PreparedCohort.open(tmp_path / "a").rows(), PreparedCohort.open(tmp_path / "b").rows()):
+        assert one.sha256 == other.sha256 and one.covariates == other.covariates
+
+
+# ------------------------------------------------------------------------------------------------------------ failures
+
+
+def nifti(data: np.ndarray, **codes: int) -> bytes:
+    image = nibabel.Nifti1Image(data, GRID.affine)
+    image.set_sform(GRID.affine, codes.get("sform", 1))
+    image.set_qform(GRID.affine if codes.get("sform", 1) else None, codes.get("sform", 1))
+    return image.to_bytes()
+
+
+def test_bad_scans_cost_only_themselves(tmp_path: Path, in_place: list[str]) -> None:
+    study, out = write_study(tmp_path / "balls", 11), tmp_path / "out"
+    good = next(study.glob("sub-10/anat/*.nii.gz")).read_bytes()
+    data = brain(0).astype("float32")
+    damaged = {
+        "empty": b"",
+        "truncated": good[: len(good) // 2],
+        "not_nifti": b"<html>404</html>" * 40,
+        "shape": nifti(np.stack([data, data], axis=-1)),
+        "constant": nifti(np.ones_like(data)),
+        "nan": nifti(np.where(data > 0.7, np.nan, data)),
+        "orientation": nifti(data, sform=0),
+        "affine": nifti(data)[:280] + b"\0" * 48 + nifti(data)[328:],
+    }
+    for index, content in enumerate(damaged.values()):
+        next(study.glob(f"sub-{index:02d}/anat/*.nii.gz")).write_bytes(content)
+    with pytest.raises(PartialFailure) as caught:
+        prepare_study(study, out, CONFIG)
+    assert caught.value.exit_code == 4 and "failures.tsv" in str(caught.value)
+    failures = table(out, "failures.tsv")
+    assert [failures[f"sub-{i:02d}"]["reason"] for i in range(len(damaged))] == list(damaged)
+    assert all(f["message"] != "n/a" and f["file"].startswith("sub-") for f in failures.values())
+    assert sorted(table(out)) == ["sub-08", "sub-09", "sub-10"]
+    assert not any((out / f"sub-{i:02d}").exists() for i in range(len(damaged)))
+    assert len(PreparedCohort.open(out).rows()) == 3
+
+    # Mended scans are prepared by the same command; the others are not touched.
+    write_study(study, 8)
+    shutil.copytree(write_study(tmp_path / "whole", 11), study, dirs_exist_ok=True)
+    summary = prepare_study(study, out, CONFIG)
+    assert (summary.people, summary.newly_prepared) == (11, 8)
+    assert not (out / "failures.tsv").exists()
+
+
+def test_people_without_age_or_scan_are_listed(tmp_path: Path, in_place: list[str]) -> None:
+    study, out = write_study(tmp_path / "balls", 5, first=1), tmp_path / "out"
+    content = (study / "participants.tsv").read_text().replace("\t32\t", "\tn/a\t")
+    (study / "participants.tsv").write_text(content)
+    with pytest.raises(PartialFailure):
+        prepare_study(study, out, CONFIG)
+    reasons = {i: row["reason"] for i, row in table(out, "failures.tsv").items()}
+    assert reasons == {"sub-00": "no_scan", "sub-02": "missing_age"}
+    assert len(in_place) == 3, "a scan of nobody known is not worth the time"
+
+
+def test_a_study_with_no_usable_scan_is_bad_input(tmp_path: Path, in_place: list[str]) -> None:
+    study, out = write_study(tmp_path / "balls", 1), tmp_path / "out"
+    path = study / "sub-00/anat/sub-00_T1w.nii.gz"
+    path.write_bytes(b"")
+    with pytest.raises(BadInput, match=r"nobody could be prepared.*0 bytes") as caught:
+        prepare_study(study, out, CONFIG)
+    assert (caught.value.exit_code, caught.value.reason, caught.value.path) == (3, "empty", path)
+    with pytest.raises(BadInput):
+        PreparedCohort.open(out)
+    write_study(study, 1)
+    assert prepare_study(study, out, CONFIG).people == 1
+
+
+def test_a_fault_of_our_own_costs_its_scan_and_is_told(
+    tmp_path: Path, in_place: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, out = write_study(tmp_path / "balls", 3), tmp_path / "out"
+    real = one_scan.unit_range
+
+    def stumble(data_XYZ, **options):  # type: ignore[no-untyped-def]
+        if len(in_place) == 2:
+            raise ZeroDivisionError("what nobody thought of")
+        return real(data_XYZ, **options)
+
+    monkeypatch.setattr(one_scan, "unit_range", stumble)
+    with pytest.raises(PartialFailure):
+        prepare_study(study, out, CONFIG)
+    (failure,) = table(out, "failures.tsv").values()
+    assert failure["reason"] == "unforeseen" and "what nobody thought of" in failure["message"]
+
+
+def test_a_full_disk_stops_and_the_same_command_goes_on(
+    tmp_path: Path, in_place: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, out = write_study(tmp_path / "balls", 4), tmp_path / "out"
+    real = one_scan.write_nifti
+
+    def full(*arguments, **options):  # type: ignore[no-untyped-def]
+        if len(in_place) == 3:
+            raise EnvironmentProblem("the disk is full", reason="disk_full")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(one_scan, "write_nifti", full)
+    with pytest.raises(EnvironmentProblem) as caught:
+        prepare_study(study, out, CONFIG)
+    assert caught.value.exit_code == 5
+    with pytest.raises(BadInput, match="interrupted"):
+        PreparedCohort.open(out)
+    monkeypatch.setattr(one_scan, "write_nifti", real)
+    assert prepare_study(study, out, CONFIG).newly_prepared == 2
+
+
+@pytest.mark.parametrize("label", ["with space", "é", "e\u0301", "日本", "=cmd", "a" * 180, "<b>", "$x_{$"])
+def test_ids_of_any_kind(label: str, tmp_path: Path, in_place: list[str]) -> None:
+    """Fault 25"""
+    study = write_study(tmp_path / "balls", 2)
+    (study / "sub-00/anat/sub-00_T1w.nii.gz").rename(study / f"sub-00/anat/sub-{label}_T1w.nii.gz")
+    (study / "sub-00").rename(study / f"sub-{label}")
+    (study / "participants.tsv").write_text((study / "participants.tsv").read_text().replace("sub-00", f"sub-{label}"))
+    assert prepare_study(study, tmp_path / "out", CONFIG).people == 2
+    dataset = VolumeDataset(PreparedCohort.open(tmp_path / "out"))
+    assert all(dataset.image_XYZ(i).max() == 1 for i in range(2))
+
+
+@pytest.mark.parametrize("label", ["new\nline", "tab\there", "a" * 230])
+def test_ids_that_cannot_name_anything_are_listed(label: str, tmp_path: Path, in_place: list[str]) -> None:
+    """Fault 25"""
+    study = write_study(tmp_path / "balls", 2)
+    (study / "sub-00/anat/sub-00_T1w.nii.gz").rename(study / f"sub-00/anat/sub-{label}_T1w.nii.gz")
+    (study / "sub-00").rename(study / f"sub-{label}")
+    with pytest.raises(PartialFailure):
+        prepare_study(study, tmp_path / "out", CONFIG)
+    assert len(PreparedCohort.open(tmp_path / "out").rows()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------- stop and go on
+
+
+def test_ctrl_c_and_again_is_the_unbroken_run(
+    tmp_path: Path, in_place: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = write_study(tmp_path / "balls")
+    prepare_study(study, tmp_path / "unbroken", CONFIG)
+    real = one_scan.write_overlay
+
+    def interrupted(path: Path, *arguments, **options):  # type: ignore[no-untyped-def]
+        if "sub-03" in path.name:
+            raise KeyboardInterrupt
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(one_scan, "write_overlay", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_study(study, tmp_path / "broken", CONFIG)
+    monkeypatch.setattr(one_scan, "write_overlay", real)
+    assert prepare_study(study, tmp_path / "broken", CONFIG).newly_prepared == 3
+    assert contents(tmp_path / "broken") == contents(tmp_path / "unbroken")
+
+
+def test_again_with_nothing_to_do_changes_nothing(tmp_path: Path, in_place: list[str]) -> None:
+    study, out = write_study(tmp_path / "balls"), tmp_path / "out"
+    prepare_study(study, out, CONFIG)
+    before, times = contents(out), {p: p.stat().st_mtime_ns for p in out.rglob("*.nii.gz")}
+    summary = prepare_study(study, out, CONFIG)
+    assert summary.newly_prepared == 0 and len(in_place) == 6
+    assert contents(out) == before
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*.nii.gz")} == times
+
+
+def test_added_people_are_prepared_alone_and_nobody_changes_sides(tmp_path: Path, in_place: list[str]) -> None:
+    study, out = write_study(tmp_path / "balls", 12), tmp_path / "out"
+    prepare_study(study, out, CONFIG)
+    earlier = {i: row["split"] for i, row in table(out).items()}
+    write_study(study, 30)
+    summary = prepare_study(study, out, CONFIG)
+    assert (summary.people, summary.newly_prepared, len(in_place)) == (30, 18, 30)
+    assert {i: row["split"] for i, row in table(out).items() if i in earlier} == earlier
+    indices = [record["index"] for record in Manifest(out / "manifest.jsonl").records()]
+    assert indices == list(range(30))
+
+
+def test_a_replaced_scan_is_prepared_again(tmp_path: Path, in_place: list[str]) -> None:
+    study, out = write_study(tmp_path / "balls", 3), tmp_path / "out"
+    prepare_study(study, out, CONFIG)
+    path = study / "sub-01/anat/sub-01_T1w.nii.gz"
+    size = path.stat().st_size
+    write_nifti(path, brain(99), GRID.affine, dtype="uint8_unit")
+    assert path.stat().st_size != size
+    assert prepare_study(study, out, CONFIG).newly_prepared == 1
+    np.testing.assert_allclose(
+        VolumeDataset(PreparedCohort.open(out)).image_XYZ(1), brain(99) / brain(99).max(), atol=5e-3
+    )
+
+
+def test_a_corrected_table_needs_no_scan_again(tmp_path: Path, in_place: list[str]) -> None:
+    study, out = write_study(tmp_path / "balls", 3), tmp_path / "out"
+    prepare_study(study, out, CONFIG)
+    (study / "participants.tsv").write_text((study / "participants.tsv").read_text().replace("\t31\t", "\t71\t"))
+    assert prepare_study(study, out, CONFIG).newly_prepared == 0
+    assert table(out)["sub-01"]["age_years"] == "71"
+
+
+def test_somebody_taken_out_of_the_study_is_taken_out_of_the_tables(tmp_path: Path, in_place: list[str]) -> None:
+    study, out = write_study(tmp_path / "balls", 4), tmp_path / "out"
+    prepare_study(study, out, CONFIG)
+    shutil.rmtree(study / "sub-01")
+    (study / "participants.tsv").write_text(
+        "".join(x for x in (study / "participants.tsv").open() if not x.startswith("sub-01"))
+    )
+    with pytest.raises(PartialFailure):
+        prepare_study(study, out, CONFIG)
+    assert sorted(table(out)) == ["sub-00", "sub-02", "sub-03"]
+    assert table(out, "failures.tsv")["sub-01"]["reason"] == "no_longer_in_study"
+    assert len(PreparedCohort.open(out).rows()) == 3
+
+
+# ------------------------------------------------------------------------------------------------- before the start
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"grid": "2mm"}, "grid: 4mm there, 2mm asked"),
+        ({"seed": 1, "nan": "zero"}, "nan: error there, zero asked; seed"),
+    ],
+)
+def test_another_config_in_the_same_folder_is_refused_field_by_field(
+    change: dict, word: str, tmp_path: Path, in_place: list[str]
+) -> None:
+    study, out = write_study(tmp_path / "balls", 3), tmp_path / "out"
+    prepare_study(study, out, CONFIG)
+    before = contents(out)
+    with pytest.raises(UsageError, match=word) as caught:
+        prepare_study(study, out, PrepareConfig(**(vars(CONFIG) | change)))
+    assert caught.value.remedy and contents(out) == before
+
+
+def test_another_study_in_the_same_folder_is_refused(tmp_path: Path, in_place: list[str]) -> None:
+    out = tmp_path / "out"
+    prepare_study(write_study(tmp_path / "balls", 3), out, CONFIG)
+    with pytest.raises(UsageError, match="study: balls there, others asked"):
+        prepare_study(write_study(tmp_path / "others", 3), out, CONFIG)
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path, in_place: list[str]) -> None:
+    study = write_study(tmp_path / "balls", 3)
+    for name, content in (("thesis.docx", "years of work"), ("prepared.json", "{}"), ("prepared.json", "broken")):
+        out = tmp_path / name / content.split()[0]
+        out.mkdir(parents=True)
+        (out / name).write_text(content)
+        with pytest.raises(UsageError, match="in use"):
+            prepare_study(study, out, CONFIG)
+        assert contents(out) == {name: content.encode()}
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError):
+        prepare_study(study, tmp_path / "file", CONFIG)
+
+
+def test_the_study_itself_is_no_output(tmp_path: Path, in_place: list[str]) -> None:
+    study = write_study(tmp_path / "a" / "balls", 3)
+    before = contents(tmp_path)
+    for out in (study, tmp_path / "a", study / ".." / "balls"):
+        with pytest.raises(UsageError, match="over the study"):
+            prepare_study(study, out, CONFIG)
+    assert contents(tmp_path) == before
+    assert prepare_study(study, study / "derivatives" / "brainldm", CONFIG).people == 3
+
+
+def test_two_runs_into_one_folder_are_one_too_many(tmp_path: Path, in_place: list[str]) -> None:
+    """Fault 43"""
+    study, out = write_study(tmp_path / "balls", 3), tmp_path / "out"
+    with locked_folder(out), pytest.raises(UsageError, match="another run"):
+        prepare_study(study, out, CONFIG)
+    assert in_place == []
+
+
+@pytest.mark.parametrize(
+    "fields", [{"grid": "3mm"}, {"holdout": 1.0}, {"percentile": 0.5}, {"masks": Path("m"), "skull": "keep"}]
+)
+def test_impossible_configs_are_refused_at_once(fields: dict, tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        prepare_study(tmp_path / "nothing", tmp_path / "out", PrepareConfig(**fields))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_study_leaves_no_output_folder(tmp_path: Path) -> None:
+    for study in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(BadInput):
+            prepare_study(study, tmp_path / "new" / "out", CONFIG)
+    assert not (tmp_path / "new").exists()
+
+
+# -------------------------------------------------------------------------------------------------------------- UniRes
+
+
+FAKE_UNIRES = """
+import json, nibabel, numpy as np
+from pathlib import Path
+
+def preproc(paths, chosen):
+    image = nibabel.load(paths[0])
+    stored = image.as_reoriented(np.array([[0, -1], [1, 1], [2, 1]]))  # LAS, as the real one stores
+    nibabel.save(stored, Path(chosen.dir_out) / (chosen.prefix + Path(paths[0]).name))
+    (Path(__file__).parent / "asked.json").write_text(json.dumps(vars(chosen)))
+"""
+
+
+@pytest.fixture
+def fake_unires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An interpreter in which `unires` can be imported, and only mirrors what it is given."""
+    package = tmp_path / "elsewhere" / "unires"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "run.py").write_text(FAKE_UNIRES)
+    (package / "struct.py").write_text("class settings:\n    def __init__(self):\n        self.vx = 99\n")
+    cuda = "class cuda:\n    is_available = staticmethod(lambda: False)\n"
+    (package.parent / "torch.py").write_text(cuda)
+    python = tmp_path / "elsewhere" / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={package.parent} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("BRAINLDM_UNIRES_PYTHON", str(python))
+    unires.unires_python.cache_clear()
+    yield package
+    unires.unires_python.cache_clear()
+
+
+def test_an_installed_unires_is_driven_with_the_authors_settings(
+    tmp_path: Path, in_place: list[str], fake_unires: Path
+) -> None:
+    study, out = write_study(tmp_path / "balls", 2), tmp_path / "out"
+    prepare_study(study, out, PrepareConfig(grid="4mm", register="unires"))
+    asked = read_json(fake_unires / "asked.json")
+    assert {name: asked[name] for name in unires.SETTINGS} == unires.SETTINGS
+    assert (asked["max_iter"], asked["fov"], asked["common_output"], asked["device"]) == (0, "head", True, "cpu")
+    image = VolumeDataset(PreparedCohort.open(out)).image_XYZ(1)
+    np.testing.assert_allclose(image, brain(1) / brain(1).max(), atol=2e-4)
+    transforms = read_json(next(out.glob("sub-00/anat/*_xfm.json")))
+    assert transforms["method"] == "unires" and transforms["mni_from_scan"] is None
+
+
+def test_a_scan_that_unires_cannot_align_is_listed(tmp_path: Path, in_place: list[str], fake_unires: Path) -> None:
+    (fake_unires / "run.py").write_text("def preproc(paths, chosen):\n    raise ValueError('too odd')\n")
+    with pytest.raises(BadInput, match="too odd") as caught:
+        prepare_study(
+            write_study(tmp_path / "balls", 1), tmp_path / "out", PrepareConfig(grid="4mm", register="unires")
+        )
+    assert caught.value.reason == "unires"
+
+
+def test_without_unires_it_is_said_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BRAINLDM_UNIRES_PYTHON", raising=False)
+    monkeypatch.setattr(unires.shutil, "which", lambda _: None)
+    monkeypatch.setattr(unires, "_can_import_unires", lambda _: False)
+    unires.unires_python.cache_clear()
+    with pytest.raises(EnvironmentProblem, match=r"pip install.*UniRes") as caught:
+        prepare_study(write_study(tmp_path / "balls", 1), tmp_path / "out", PrepareConfig(register="unires"))
+    assert caught.value.exit_code == 5 and not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------------------- volumes and duplicates
+
+
+def test_volumes_may_come_from_the_studys_table(tmp_path: Path, in_place: list[str]) -> None:
+    study = write_study(tmp_path / "balls", 5)
+    path = study / "participants.tsv"
+    path.write_text(path.read_text().replace("\t20001\t", "\tn/a\t").replace("\t20002\t", "\t20\t"))
+    out = tmp_path / "out"
+    with pytest.raises(PartialFailure):
+        prepare_study(study, out, PrepareConfig(grid="4mm", volumes="table"))
+    assert table(out)["sub-03"]["ventricles_mm3"] == "20003"
+    failures = table(out, "failures.tsv")
+    assert failures["sub-01"]["reason"] == failures["sub-02"]["reason"] == "bad_volume"
+    assert "millilitres" in failures["sub-02"]["message"]
+    assert len(in_place) == 3
+    path.write_text(path.read_text().replace("ventricles_mm3", "v"))
+    with pytest.raises(BadInput, match=r"'ventricles_mm3'.*group, v, brain_mm3"):
+        prepare_study(study, tmp_path / "other", PrepareConfig(grid="4mm", volumes="table"))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_one_scan_under_two_ids_is_found(strict: bool, tmp_path: Path, in_place: list[str]) -> None:
+    """Fault 24: the same voxels, compressed in another way."""
+    study, out = write_study(tmp_path / "balls", 12), tmp_path / "out"
+    twin = read_nifti(study / "sub-00/anat/sub-00_T1w.nii.gz")
+    for index in range(4, 9):  # several twins, so that some would fall on the other side of a split
+        path = study / f"sub-{index:02d}/anat/sub-{index:02d}_T1w.nii.gz"
+        path.unlink()
+        nibabel.save(nibabel.Nifti1Image(twin.data_XYZ, twin.affine), path)
+    config = PrepareConfig(grid="4mm", strict=strict)
+    if not strict:
+        summary = prepare_study(study, out, config)
+        assert summary.flagged == 6
+        quality, splits = table(out, "quality.tsv"), table(out)
+        assert quality["sub-05"]["flags"] == "duplicate" and "same image as sub-00" in quality["sub-05"]["notes"]
+        assert len({splits[f"sub-{i:02d}"]["split"] for i in (0, *range(4, 9))}) == 1
+        return
+    with pytest.raises(PartialFailure):
+        prepare_study(study, out, config)
+    assert {row["reason"] for row in table(out, "failures.tsv").values()} == {"duplicate"}
+    assert sorted(table(out)) == ["sub-01", "sub-02", "sub-03", "sub-09", "sub-10", "sub-11"]
+
+
+def test_a_poor_registration_is_flagged(tmp_path: Path, in_place: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    poor = Registration(np.eye(4), np.eye(4), {"correlation": 0.2, "cut_brain_fraction": 0.1}, "in place")
+    monkeypatch.setattr(one_scan, "register_to_template", lambda *_, **__: poor)
+    assert prepare_study(write_study(tmp_path / "balls", 1), tmp_path / "out", CONFIG).flagged == 1
+    assert table(tmp_path / "out", "quality.tsv")["sub-00"]["flags"] == "poor_registration, brain_outside_box"
+
+
+def test_a_cut_field_of_view_is_flagged(tmp_path: Path, in_place: list[str]) -> None:
+    """Fault 22"""
+    study, out = write_study(tmp_path / "balls", 2), tmp_path / "out"
+    affine = GRID.affine.copy()
+    affine[2, 3] += 15 * 4
+    write_nifti(study / "sub-00/anat/sub-00_T1w.nii.gz", brain(0)[:, :, 15:], affine, dtype="int16_unit")
+    assert prepare_study(study, out, CONFIG).flagged == 1
+    quality = table(out, "quality.tsv")
+    assert quality["sub-00"]["flags"] == "field_of_view_cut" and quality["sub-01"]["flags"] == "n/a"
+    assert float(quality["sub-00"]["unseen_brain_fraction"]) > 0.1
+
+
+# ------------------------------------------------------------------------------------------------- real processes
+
+
+PEOPLE = 20
+PREPARE = (
+    "import sys\nfrom pathlib import Path\nfrom brainldm.cohort.prepare import PrepareConfig, prepare_study\n"
+    "if __name__ == '__main__':\n"
+    "    prepare_study(Path(sys.argv[1]), Path(sys.argv[2]), PrepareConfig(grid='4mm', volumes='table'), workers=2)\n"
+)
+
+
+@pytest.fixture
+def in_mni(tmp_path: Path) -> Iterator[Path]:
+    """A study that needs neither registration nor measuring, so that real processes are done with it in seconds."""
+    yield write_study(tmp_path / "balls", PEOPLE, space="MNI152NLin2009cAsym")
+
+
+def test_kill_9_with_two_workers_and_again_is_the_unbroken_run_with_one(tmp_path: Path, in_mni: Path) -> None:
+    """Promise 2. Workers left without a parent must end, and write nothing any more."""
+    config = PrepareConfig(grid="4mm", volumes="table")
+    next(in_mni.glob("sub-05/anat/*")).write_bytes(b"")
+    with pytest.raises(PartialFailure):
+        prepare_study(in_mni, tmp_path / "unbroken", config)
+    script, out = tmp_path / "prepare.py", tmp_path / "broken"
+    script.write_text(PREPARE)
+    run = subprocess.Popen([sys.executable, script, in_mni, out])
+    while run.poll() is None and len(Manifest(out / "manifest.jsonl").records()) < 4:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    done = len(Manifest(out / "manifest.jsonl").records())
+    assert 4 <= done < PEOPLE - 1, "killed too late to show anything"
+    with pytest.raises(PartialFailure, match=f"{PEOPLE - 1 - done} of them now"):
+        prepare_study(in_mni, out, config)
+    assert contents(out) == contents(tmp_path / "unbroken")
+
+
+def test_ctrl_c_ends_the_workers_too(tmp_path: Path, in_mni: Path) -> None:
+    script, out = tmp_path / "prepare.py", tmp_path / "out"
+    script.write_text(PREPARE)
+    run = subprocess.Popen([sys.executable, script, in_mni, out], stderr=subprocess.PIPE, text=True)
+    while run.poll() is None and len(Manifest(out / "manifest.jsonl").records()) < 3:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=20)
+    assert run.returncode != 0 and said.count("KeyboardInterrupt") == 1, said
+    with locked_folder(out):
+        pass
+    assert prepare_study(in_mni, out, PrepareConfig(grid="4mm", volumes="table"), progress=Quiet()).people == PEOPLE

@@ -1,0 +1,105 @@
+"""Sets of images: distances that know what chance gives, and the search for copies."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from brainldm.base.streams import stream
+from brainldm.evaluate.distribution import brain_mask, intensity_distance, mean_image_distance
+from brainldm.evaluate.examine import Sketch, sketch_of
+from brainldm.evaluate.grids import JudgingGrid
+from brainldm.evaluate.memorisation import memorisation
+from brainldm.evaluate.pictures import white_point
+from judged_folders import TINY, blob
+
+GRID = JudgingGrid.of(TINY.shape_XYZ, TINY.affine)
+VENTRICLES = stream(0, "test/ventricles").uniform(1e4, 5e4, 400)
+
+
+def sketches(people: range, change: float = 0.0) -> list[Sketch]:
+    return [sketch_of(np.clip(blob(VENTRICLES[i], i) + change, 0, 1), GRID) for i in people]
+
+
+TRAINING, HELD_OUT, OTHERS = sketches(range(24)), sketches(range(24, 34)), sketches(range(100, 120))
+MASK = brain_mask(TRAINING)
+
+
+def test_two_samples_of_one_population_are_as_far_apart_as_chance() -> None:
+    for distance in (intensity_distance, mean_image_distance):
+        found = distance(OTHERS, TRAINING, 0)
+        assert found.by_chance.low * 0.8 <= found.observed.value <= found.by_chance.high * 1.2
+        assert found.observed.n == 20 and found.by_chance.n == 24
+
+
+def test_another_contrast_is_seen_and_measured_in_intensity_units() -> None:
+    found = intensity_distance(sketches(range(100, 120), 0.05), TRAINING, 0)
+    assert found.observed.value == pytest.approx(0.05, abs=0.01)
+    assert found.observed.value > 3 * found.by_chance.high
+    mean_image = mean_image_distance(sketches(range(100, 120), 0.05), TRAINING, 0)
+    assert mean_image.observed.value > mean_image.by_chance.high
+
+
+def test_identical_sets_are_0_apart_and_one_image_is_no_set() -> None:
+    assert mean_image_distance(TRAINING, TRAINING, 0).observed.value == 0
+    alone = intensity_distance(TRAINING[:1], TRAINING, 0)
+    assert alone.observed.value is None and alone.by_chance.value is None and "2 images" in alone.observed.reason
+
+
+def test_the_order_of_images_does_not_matter() -> None:
+    one, two = mean_image_distance(OTHERS, TRAINING, 0), mean_image_distance(OTHERS[::-1], TRAINING[::-1], 0)
+    assert one.observed.value == pytest.approx(two.observed.value)
+
+
+def test_clean_images_look_like_unseen_people() -> None:
+    found = memorisation(OTHERS, TRAINING, HELD_OUT, MASK)
+    assert found.training == 24 and found.held_out == 10 and found.identical == 0
+    assert found.synthetic.value == pytest.approx(found.reference.value, rel=0.15)
+    assert found.nearest_is_training.low <= 24 / 34 <= found.nearest_is_training.high
+    assert found.training_by_chance.value == 24 / 34
+    assert found.nearer_than_reference.low <= 1 / 11
+
+
+def test_planted_copies_are_found() -> None:
+    noise = stream(1, "test/noise")
+    copies = [
+        Sketch(look.histogram, (look.coarse_XYZ + noise.normal(0, 0.01, look.coarse_XYZ.shape)).astype(np.float32))
+        for look in TRAINING[:6]
+    ]
+    found = memorisation([*OTHERS[:6], *copies], TRAINING, HELD_OUT, MASK)
+    assert found.nearer_than_reference.value >= 0.5
+    assert found.identical == 0
+    plain = memorisation(TRAINING[:5], TRAINING, HELD_OUT, MASK)
+    assert plain.identical == 5 and plain.synthetic.value < 1e-6
+    assert plain.nearest_is_training.value == 1
+
+
+def test_blur_brings_images_nearer_to_everybody_but_not_to_those_seen() -> None:
+    blurred = [Sketch(o.histogram, ndimage.gaussian_filter(o.coarse_XYZ, 0.7)) for o in OTHERS]
+    found = memorisation(blurred, TRAINING, HELD_OUT, MASK)
+    assert found.nearest_is_training.low <= 24 / 34 <= found.nearest_is_training.high
+
+
+def test_without_enough_held_out_people_training_people_stand_in() -> None:
+    found = memorisation(OTHERS, TRAINING, HELD_OUT[:2], MASK)
+    assert found.reference_is == "training people, to another" and found.reference.n == 24
+    nobody = memorisation(OTHERS, TRAINING, [], MASK)
+    assert nobody.nearest_is_training.value is None and nobody.reference.n == 24
+    alone = memorisation(OTHERS, TRAINING[:1], [], MASK)
+    assert alone.reference.value is None and alone.synthetic.value is not None
+    nothing = memorisation(OTHERS, [], [], MASK)
+    assert nothing.synthetic.value is None and "no training images" in nothing.synthetic.reason
+
+
+def test_training_images_are_gone_through_in_blocks() -> None:
+    many = [TRAINING[i % 24] for i in range(600)]
+    assert memorisation(OTHERS, iter(many), HELD_OUT, MASK).synthetic.value == pytest.approx(
+        memorisation(OTHERS, TRAINING, HELD_OUT, MASK).synthetic.value
+    )
+
+
+def test_white_is_where_the_brightest_voxels_begin() -> None:
+    assert 0.8 < white_point(TRAINING) < 1
+    dark = [Sketch(np.eye(1, 256, 0)[0], TRAINING[0].coarse_XYZ)]
+    assert white_point(dark) == 1.0
