@@ -35,7 +35,7 @@ COARSE = GRIDS["4mm"]
 
 @pytest.fixture(scope="module")
 def phantoms() -> list[Phantom]:
-    return [make_phantom(draw_person(0, i), COARSE, 0, i) for i in range(4)]
+    return [make_phantom(draw_person(0, i), COARSE, 0, i) for i in range(3)]
 
 
 # ----------------------------------------------------------------------------------------------------------- population

@@ -22,7 +22,7 @@ def sketches(people: range, change: float = 0.0) -> list[Sketch]:
     return [sketch_of(np.clip(blob(VENTRICLES[i], i) + change, 0, 1), GRID) for i in people]
 
 
-TRAINING, HELD_OUT, OTHERS = sketches(range(24)), sketches(range(24, 34)), sketches(range(100, 120))
+TRAINING, HELD_OUT, OTHERS = sketches(range(24)), sketches(range(34, 44)), sketches(range(100, 120))
 MASK = brain_mask(TRAINING)
 
 
@@ -53,12 +53,12 @@ def test_the_order_of_images_does_not_matter() -> None:
 
 
 def test_clean_images_look_like_unseen_people() -> None:
-    found = memorisation(OTHERS, TRAINING, HELD_OUT, MASK)
+    found = memorisation(OTHERS, TRAINING, HELD_OUT, MASK, 0)
     assert found.training == 24 and found.held_out == 10 and found.identical == 0
     assert found.synthetic.value == pytest.approx(found.reference.value, rel=0.15)
-    assert found.nearest_is_training.low <= 24 / 34 <= found.nearest_is_training.high
-    assert found.training_by_chance.value == 24 / 34
-    assert found.nearer_than_reference.low <= 1 / 11
+    assert found.training_by_chance.value == 24 / 34 and found.nearer_by_chance.value == 1 / 11
+    assert found.training_by_chance.low <= found.nearest_is_training.value <= found.training_by_chance.high
+    assert found.nearer_than_reference.value <= found.nearer_by_chance.high
 
 
 def test_planted_copies_are_found() -> None:
@@ -67,35 +67,52 @@ def test_planted_copies_are_found() -> None:
         Sketch(look.histogram, (look.coarse_XYZ + noise.normal(0, 0.01, look.coarse_XYZ.shape)).astype(np.float32))
         for look in TRAINING[:6]
     ]
-    found = memorisation([*OTHERS[:6], *copies], TRAINING, HELD_OUT, MASK)
-    assert found.nearer_than_reference.value >= 0.5
+    found = memorisation([*OTHERS[:6], *copies], TRAINING, HELD_OUT, MASK, 0)
+    assert found.nearer_than_reference.value >= 0.5 > found.nearer_by_chance.high
     assert found.identical == 0
-    plain = memorisation(TRAINING[:5], TRAINING, HELD_OUT, MASK)
+    plain = memorisation(TRAINING[:5], TRAINING, HELD_OUT, MASK, 0)
     assert plain.identical == 5 and plain.synthetic.value < 1e-6
     assert plain.nearest_is_training.value == 1
 
 
 def test_blur_brings_images_nearer_to_everybody_but_not_to_those_seen() -> None:
     blurred = [Sketch(o.histogram, ndimage.gaussian_filter(o.coarse_XYZ, 0.7)) for o in OTHERS]
-    found = memorisation(blurred, TRAINING, HELD_OUT, MASK)
-    assert found.nearest_is_training.low <= 24 / 34 <= found.nearest_is_training.high
+    found = memorisation(blurred, TRAINING, HELD_OUT, MASK, 0)
+    assert found.training_by_chance.low <= found.nearest_is_training.value <= found.training_by_chance.high
+
+
+def test_chance_is_what_happens_when_nothing_is_copied() -> None:
+    """Both shares, over many draws of three groups from one population, keep inside their stated ranges."""
+    draws, inside = stream(2, "test/chance"), np.zeros(2)
+    blank, whole = np.zeros(256), np.ones((4, 4, 4), bool)
+    for _ in range(120):
+        groups = [[Sketch(blank, draws.normal(size=(4, 4, 4))) for _ in range(n)] for n in (12, 20, 6)]
+        found = memorisation(*groups, whole, 0)
+        for k, (value, chance) in enumerate(
+            (
+                (found.nearer_than_reference, found.nearer_by_chance),
+                (found.nearest_is_training, found.training_by_chance),
+            )
+        ):
+            inside[k] += chance.low <= value.value <= chance.high
+    assert (inside / 120 >= 0.93).all()
 
 
 def test_without_enough_held_out_people_training_people_stand_in() -> None:
-    found = memorisation(OTHERS, TRAINING, HELD_OUT[:2], MASK)
+    found = memorisation(OTHERS, TRAINING, HELD_OUT[:2], MASK, 0)
     assert found.reference_is == "training people, to another" and found.reference.n == 24
-    nobody = memorisation(OTHERS, TRAINING, [], MASK)
+    nobody = memorisation(OTHERS, TRAINING, [], MASK, 0)
     assert nobody.nearest_is_training.value is None and nobody.reference.n == 24
-    alone = memorisation(OTHERS, TRAINING[:1], [], MASK)
+    alone = memorisation(OTHERS, TRAINING[:1], [], MASK, 0)
     assert alone.reference.value is None and alone.synthetic.value is not None
-    nothing = memorisation(OTHERS, [], [], MASK)
+    nothing = memorisation(OTHERS, [], [], MASK, 0)
     assert nothing.synthetic.value is None and "no training images" in nothing.synthetic.reason
 
 
 def test_training_images_are_gone_through_in_blocks() -> None:
     many = [TRAINING[i % 24] for i in range(600)]
-    assert memorisation(OTHERS, iter(many), HELD_OUT, MASK).synthetic.value == pytest.approx(
-        memorisation(OTHERS, TRAINING, HELD_OUT, MASK).synthetic.value
+    assert memorisation(OTHERS, iter(many), HELD_OUT, MASK, 0).synthetic.value == pytest.approx(
+        memorisation(OTHERS, TRAINING, HELD_OUT, MASK, 0).synthetic.value
     )
 
 

@@ -272,22 +272,36 @@ def evaluate(
     synth: Path,
     /,
     *,
-    real: Annotated[Path, Parameter(help="A prepared cohort to compare with.")],
+    real: Annotated[Path | None, Parameter(help="A prepared cohort (or any folder of images) to compare with.")] = None,
     out: Annotated[Path, Parameter(help="Where the scorecard goes.")],
     pairs: Annotated[int, Parameter(help="Random pairs for the diversity figures.")] = 1000,
     runs: Annotated[Path | None, Parameter(help="A training run, to show its learning curves.")] = None,
+    max_real: Annotated[int, Parameter(help="Most real people to measure; copies are looked for among all.")] = 200,
+    hide_real: Annotated[bool, Parameter(help="Show no slice of a real person on the page.", negative="")] = False,
     seed: int = 0,
     workers: Workers = 1,
 ) -> None:
     """Judges a folder of brains: does it obey, is it diverse, how far is it from real ones. Writes scorecard.json."""
+    from brainldm.base.errors import PartialFailure
     from brainldm.evaluate.scorecard import evaluate_dataset
 
     with _progress() as progress:
         scorecard = evaluate_dataset(
-            synth, real, out, pairs=pairs, seed=seed, workers=workers, runs=runs, progress=progress
+            synth,
+            real,
+            out,
+            pairs=pairs,
+            seed=seed,
+            workers=workers,
+            max_real=max_real,
+            runs=runs,
+            show_real=not hide_real,
+            progress=progress,
         )
     _say(scorecard.as_text())
     _say(f"The scorecard is in {out}. Next: brainldm report {out}")
+    if scorecard.failures:
+        raise PartialFailure(f"{len(scorecard.failures)} images could not be judged; see failures.tsv.", path=out)
 
 
 @app.command
@@ -324,9 +338,8 @@ def _show(content: dict, *, as_json: bool) -> None:
         return
     width = max(len(key) for key in content)
     for key, value in content.items():
-        _say(
-            f"{key:<{width}}  {json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value}"
-        )
+        shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        _say(f"{key:<{width}}  {shown}")
 
 
 def _say(text: str) -> None:

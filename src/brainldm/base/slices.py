@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+from PIL import Image
 
 View = Literal["axial", "coronal", "sagittal"]
 VIEWS: tuple[View, ...] = get_args(View)
@@ -59,8 +60,6 @@ class Crop:
 
 def grey_png(slice_RC: np.ndarray, *, white: float = 1.0) -> bytes:
     """An 8-bit greyscale PNG of a slice: 0 is black, `white` and above is white."""
-    from PIL import Image
-
     grey = np.rint(np.clip(slice_RC / white, 0, 1) * 255).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(grey)).save(buffer, "PNG", optimize=True)

@@ -115,6 +115,11 @@ def label_maps_in(folder: Path) -> list[Path]:
     return maps
 
 
+def check_label_map(path: Path) -> None:
+    """BadInput when the file is no label map with FreeSurfer's numbers."""
+    _cropped_label_map(path, read_nifti(path))
+
+
 @lru_cache(maxsize=2)
 def label_map_anatomy(path: Path) -> Anatomy:
     """The anatomy in a label map with FreeSurfer's numbers, moved and scaled to the template."""

@@ -13,7 +13,7 @@ from brainldm.base.files import write_json, write_text
 from brainldm.base.tables import write_table
 from brainldm.base.volume import grid_named
 from brainldm.cohort.bids import Failure, Scan, Study
-from brainldm.cohort.prepare_scan import PrepareConfig
+from brainldm.cohort.prepare_config import PrepareConfig
 from brainldm.cohort.split import Split
 
 OUR_COLUMNS = ("participant_id", "age_years", "sex", "ventricles_mm3", "brain_mm3", "split")
@@ -104,8 +104,7 @@ def _beside_ours(columns: Sequence[str]) -> dict[str, str]:
 
 
 def _write_quality(out: Path, people: Sequence[CohortPerson]) -> None:
-    figures = sorted({name for p in people for name in p.record["quality"]})
-    sizes = ("head_scaling", "brain_native_mm3")
+    figures = sorted({name for p in people for name in p.record["quality"]} - {"brain_native_mm3"})
     rows = []
     for person in people:
         same = [f"same image as {', '.join(person.same_image_as)}"] if person.same_image_as else []
@@ -114,12 +113,12 @@ def _write_quality(out: Path, people: Sequence[CohortPerson]) -> None:
                 "participant_id": person.id,
                 "source": person.record["source"],
                 "flags": ", ".join(person.flags),
-                **{name: (person.record["measured"] or {}).get(name) for name in sizes},
+                "brain_native_mm3": (person.record["measured"] or {}).get("brain_native_mm3"),
                 **person.record["quality"],
                 "notes": "; ".join([*same, *person.record["notes"]]),
             }
         )
-    write_table(out / "quality.tsv", ("participant_id", "source", "flags", *sizes, *figures, "notes"), rows)
+    write_table(out / "quality.tsv", ("participant_id", "source", "flags", "brain_native_mm3", *figures, "notes"), rows)
 
 
 def _write_failures(out: Path, failures: Sequence[Failure]) -> None:

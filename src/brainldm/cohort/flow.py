@@ -24,9 +24,9 @@ LATTICE_MM = 2.0  # the fields' resolution
 
 @dataclass(frozen=True, eq=False)
 class Ladder:
-    """Displacements (mm) of one velocity field's flow at evenly spaced gains: `steps_KCXYZ[k]` at gain k0 + k * rung.
+    """Displacements (mm) of one velocity field's flow at evenly spaced gains.
 
-    A gain of 1 moves the tissue at the wall by about 1 mm.
+    `steps_CKXYZ[:, k]` is at the gain first_gain + k * rung; a gain of 1 moves the tissue at the wall by about 1 mm.
     """
 
     grid: Grid
@@ -69,10 +69,10 @@ def fields_of(anatomy: Anatomy) -> Fields:
     )
     grid = _halved_grid(anatomy.grid)
     from_ventricles = np.maximum(-ventricle_depth, 0)
-    # Half the push is left a third of the way to the cortex, and none at the skull.
+    # Half the push is left 21 mm from the ventricles, and none at the head's surface, which must stay where it is.
     inside = np.clip(head_depth / 12, 0, 1)
     ventricular = _push(-ventricle_depth, reach_mm=18, smooth_mm=2.0) * inside
-    # The walls of the ventricles belong to the other field.
+    # The ventricles and what is close to them belong to the other field.
     sulcal = _push(-csf_depth, reach_mm=5, smooth_mm=2.0) * (1 - np.exp(-((from_ventricles / 12) ** 2)))
     centre_mm = np.argwhere(head_depth > 0).mean(axis=0) * grid.voxel_mm + grid.origin_mm
     return Fields(
@@ -88,10 +88,10 @@ def fields_of(anatomy: Anatomy) -> Fields:
 
 
 def _signed_depth(inside: np.ndarray) -> np.ndarray:
-    """Distance to the boundary in voxels: positive inside, negative outside, 0 on the faces between."""
-    return (ndi.distance_transform_edt(inside) - ndi.distance_transform_edt(~inside)).astype(np.float32) - np.where(
-        inside, np.float32(0.5), np.float32(-0.5)
-    )
+    """Distance to the surface in voxels: positive inside, negative outside, half a voxel in the voxels beside it."""
+    skin = inside & ~ndi.binary_erosion(inside, border_value=1)  # the array's edge is no surface
+    from_skin = ndi.distance_transform_edt(~skin).astype(np.float32)
+    return np.where(inside, from_skin + np.float32(0.5), np.float32(0.5) - from_skin)
 
 
 def _halved(data_XYZ: np.ndarray) -> np.ndarray:

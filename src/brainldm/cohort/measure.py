@@ -29,6 +29,9 @@ from brainldm.cohort.template import load_template
 NEAR_VENTRICLES_MM = 10.5
 DEEP_MM = 15.0
 SPECK_FRACTION = 0.05
+# From this share of CSF on a voxel is ventricle; around it the share is summed as far as one voxel of the image smears
+# it, so that thin horns keep their volume in coarse images.
+CSF_SHARE = 0.4
 _MARGIN_MM = 20
 _MIXTURE_SAMPLES = 40_000
 
@@ -178,14 +181,15 @@ def _ventricles_template_mm3(image: Volume, registration: Registration, tissues:
     sampled = _sampled(image, registration, region.affine, region.core.shape)
     wall = 0.5 * (tissues.grey + tissues.white)
     fraction = tissues.csf_fraction(sampled, wall) * region.allowed
-    pieces, count = ndi.label(fraction > 0.5)
+    pieces, count = ndi.label(fraction > CSF_SHARE)
     if count == 0:
         return 0.0
     sizes = np.bincount(pieces.ravel())
     in_core = np.bincount(pieces.ravel(), weights=region.core.ravel())
     sizes[0] = in_core[0] = 0
     kept = np.flatnonzero((in_core > 0) & (sizes >= SPECK_FRACTION * sizes[in_core > 0].max(initial=0)))
-    ventricles = ndi.binary_dilation(np.isin(pieces, kept))
+    smear_mm = float(image.voxel_mm.mean()) * registration.head_scaling ** (1 / 3)
+    ventricles = ndi.binary_dilation(np.isin(pieces, kept), iterations=max(1, round(smear_mm)))
     return float((fraction * ventricles).sum(dtype=np.float64))  # voxels of 1 mm^3
 
 
@@ -197,9 +201,7 @@ def _in_template_space(image: Volume, registration: Registration, resolution_mm:
     return _sampled(image, registration, template.affine, template.shape_XYZ)
 
 
-def _sampled(
-    image: Volume, registration: Registration, affine: np.ndarray, shape_XYZ: tuple[int, ...]
-) -> np.ndarray:
+def _sampled(image: Volume, registration: Registration, affine: np.ndarray, shape_XYZ: tuple[int, ...]) -> np.ndarray:
     """The image at the voxels of a grid of template space, trilinear, 0 where it does not reach."""
     matrix = np.linalg.inv(image.affine) @ np.linalg.inv(registration.mni_from_scan_affine) @ affine
     return ndi.affine_transform(
@@ -232,9 +234,7 @@ def measured_from_tables(path: Path) -> dict[str, Measured]:
     if all(name in lower for name in _SYNTHSEG_VENTRICLES):
         ventricles = [lower[name] for name in _SYNTHSEG_VENTRICLES]
         brain = [
-            column
-            for column in table.columns[1:]
-            if not any(word in column.lower() for word in _SYNTHSEG_NOT_BRAIN)
+            column for column in table.columns[1:] if not any(word in column.lower() for word in _SYNTHSEG_NOT_BRAIN)
         ]
         head = _first_of(table, lower, ("total intracranial",))
     elif all(name.lower() in lower for name in _ASEG_VENTRICLES):

@@ -28,7 +28,7 @@ def write_overlay(path: Path, image: Volume, *, title: str) -> None:
     brain = _on_voxels_of(image, template.brain_mask.data_XYZ, template.t1.affine)
     ventricles = _on_voxels_of(image, template.ventricles.data_XYZ, template.t1.affine)
     figure = Figure(figsize=(9, 7.2), dpi=80, facecolor="black")
-    figure.suptitle(title, color="white", fontsize=11)
+    figure.suptitle(title, color="white", fontsize=11, parse_math=False)
     panels = figure.subplots(3, len(_SHARES))
     top = float(np.percentile(image.data_XYZ, 99.8)) or 1.0
     for axis, (plane, row) in enumerate(zip(_PLANES, panels)):

@@ -8,6 +8,7 @@ smooth sulci: scores on phantoms prove the machinery, not clinical realism.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from brainldm.base.pool import each_in_a_pool
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import stream
 from brainldm.base.volume import Grid
-from brainldm.cohort.anatomy import LABELS, Anatomy, label_map_anatomy, label_maps_in, template_anatomy
+from brainldm.cohort.anatomy import LABELS, Anatomy, check_label_map, label_map_anatomy, label_maps_in, template_anatomy
 from brainldm.cohort.appearance import Appearance, paint
 from brainldm.cohort.deformation import Deformation, Shape, deform, warped_labels
 from brainldm.cohort.flow import fields_of
@@ -141,8 +142,8 @@ def write_phantom_study(
     """Writes phantoms 0 to n - 1 as a BIDS derivative dataset, or makes what is missing of it.
 
     `labels` is a folder of label maps (FreeSurfer numbers) to use instead of the template. People beyond `n` that the
-    folder holds already are kept. UsageError when it was made with another seed, grid or anatomy, or holds anything
-    else.
+    folder holds already are kept, and mended. UsageError when it was made with another seed, grid or anatomy, or holds
+    anything else.
     """
     if n < 1 or workers < 1:
         raise UsageError(f"{n} people by {workers} workers were asked for.", remedy="Ask for at least 1 of each.")
@@ -153,17 +154,22 @@ def write_phantom_study(
         _record_or_compare(out, _facts(grid, seed, label_maps, config))
         manifest = Manifest(out / "manifest.jsonl")
         done = _proven(out, manifest)
-        choices = {i: _anatomy_choice(seed, i, label_maps) for i in range(n) if i not in done}
-        tasks = [_Task(out, grid, seed, i, label_map, config) for i, label_map in choices.items()]
+        # Whoever was once here is mended too, or their files would have no row in the table.
+        wanted = set(range(n)) | {record["index"] for record in manifest.records() if "index" in record}
+        missing = sorted(wanted - set(done))
+        tasks = [_Task(out, grid, seed, i, _anatomy_choice(seed, i, label_maps), config) for i in missing]
         # People of one anatomy together: it takes seconds to set up and memory to keep.
         tasks.sort(key=lambda task: (str(task.label_map), task.index))
-        progress.start("making phantoms", n, n - len(tasks))
-        for task, outcome in each_in_a_pool(_make_and_write, tasks, workers=workers):
-            if isinstance(outcome, Exception):
-                raise outcome
-            manifest.append(**outcome)
-            done[task.index] = outcome
-            progress.advance(1, outcome["participant_id"])
+        for label_map in sorted({task.label_map for task in tasks if task.label_map is not None}):
+            check_label_map(label_map)
+        progress.start("making phantoms", len(wanted), len(done))
+        with contextlib.closing(each_in_a_pool(_make_and_write, tasks, workers=workers)) as outcomes:
+            for task, outcome in outcomes:
+                if isinstance(outcome, Exception):
+                    raise outcome
+                manifest.append(**outcome)
+                done[task.index] = outcome
+                progress.advance(1, outcome["participant_id"])
         records = [done[i] for i in sorted(done)]
         # In the order of their index, so that equal studies are equal files.
         lines = (json.dumps(record, allow_nan=False, ensure_ascii=False) for record in records)
@@ -216,7 +222,7 @@ def _short(value: object) -> str:
 def _proven(out: Path, manifest: Manifest) -> dict[int, dict[str, Any]]:
     """The people whose image and labels are both there with the bytes that the manifest states."""
     images = manifest.proven(out, full=True)
-    return {i: r for i, r in images.items() if _is_intact(out, r["dseg"])}
+    return {i: r for i, r in images.items() if "dseg" in r and _is_intact(out, r["dseg"])}
 
 
 def _is_intact(out: Path, record: Mapping[str, Any]) -> bool:

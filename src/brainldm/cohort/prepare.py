@@ -11,6 +11,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +29,7 @@ from brainldm.base.volume import grid_named
 from brainldm.cohort.bids import Failure, Scan, Study, read_study
 from brainldm.cohort.cohort_tables import CohortPerson, write_cohort_tables
 from brainldm.cohort.dataset import FORMAT, KIND, grid_to_json, read_prepared_json
-from brainldm.cohort.measure import measured_from_tables
-from brainldm.cohort.prepare_scan import PrepareConfig, ScanTask, prepare_scan
+from brainldm.cohort.prepare_config import PrepareConfig, ScanTask
 from brainldm.cohort.split import assign_splits, moved_people
 from brainldm.cohort.unires import unires_python
 
@@ -96,7 +96,7 @@ def prepare_study(
         tasks, done = _what_is_missing(out, manifest, scans, config)
         progress.start("preparing scans", len(scans), len(done))
         newly_prepared = 0
-        with contextlib.closing(each_in_a_pool(prepare_scan, tasks, workers=workers)) as outcomes:
+        with contextlib.closing(each_in_a_pool(_prepared, tasks, workers=workers)) as outcomes:
             for task, outcome in outcomes:
                 if isinstance(outcome, Exception):
                     failures.append(_failure(task.scan, outcome, study.root))
@@ -172,6 +172,8 @@ def _known_volumes(study: Study, config: PrepareConfig) -> tuple[dict[str, dict[
         cells = {s.participant_id: {c: s.others[c] for c in _VOLUMES} for s in study.scans}
     else:
         told, remedy = Path(config.volumes).name, "Measure this person too, or use --volumes measure."
+        from brainldm.cohort.measure import measured_from_tables
+
         measured = measured_from_tables(Path(config.volumes))
         cells = {
             i: {"ventricles_mm3": repr(m.ventricles_mm3), "brain_mm3": repr(m.brain_mm3)} for i, m in measured.items()
@@ -203,7 +205,7 @@ def _of_person(cells: Mapping[str, Mapping[str, str]], participant_id: str) -> M
 def _earlier_facts(out: Path, study: Study, config: PrepareConfig) -> Mapping[str, Any]:
     """What prepared.json says of an earlier run of this very preparation; empty for a new folder."""
     if not (out / "prepared.json").exists():
-        others = sorted(p.name for p in out.iterdir() if not p.name.startswith(".brainldm"))
+        others = sorted(p.name for p in out.glob("[!.]*"))
         if others:
             raise UsageError(
                 f"the output folder is in use: it holds {others[0]} and is no prepared cohort.",
@@ -292,6 +294,22 @@ def _is_current(record: Mapping[str, Any] | None, scan: Scan) -> bool:
         return bool(record["source_bytes"] == scan.path.stat().st_size)
     except OSError:
         return False
+
+
+def _prepared(task: ScanTask) -> dict[str, Any]:
+    """`prepare_scan`, and nothing left of a scan that failed on the way.
+
+    Imported only where a scan is prepared: SimpleITK, nilearn and matplotlib take seconds.
+    """
+    from brainldm.cohort.prepare_scan import prepare_scan
+
+    try:
+        return prepare_scan(task)
+    except EnvironmentProblem:
+        raise
+    except Exception:
+        shutil.rmtree(task.out / task.scan.participant_id, ignore_errors=True)
+        raise
 
 
 def _write_manifest(manifest: Manifest, records: Sequence[Mapping[str, Any]]) -> None:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from brainldm.base.derivative import SPACE
-from brainldm.base.errors import BadInput, UsageError
+from brainldm.base.errors import BadInput
 from brainldm.base.files import write_json
 from brainldm.base.nifti import read_nifti, write_nifti
 from brainldm.base.volume import Volume, grid_named
@@ -22,6 +21,7 @@ from brainldm.cohort.bids import Scan
 from brainldm.cohort.measure import TemplateMeasure
 from brainldm.cohort.normalise import background_at_zero, unit_range
 from brainldm.cohort.overlay import write_overlay
+from brainldm.cohort.prepare_config import PrepareConfig, ScanTask
 from brainldm.cohort.register import (
     POOR_CORRELATION,
     Registration,
@@ -30,7 +30,6 @@ from brainldm.cohort.register import (
     resample_to_grid,
 )
 from brainldm.cohort.skull import brain_mask
-from brainldm.cohort.split import check_holdout
 from brainldm.cohort.template import load_template
 from brainldm.cohort.unires import aligned_by_unires
 
@@ -38,66 +37,6 @@ from brainldm.cohort.unires import aligned_by_unires
 # the box cuts off, from which on somebody should look.
 MAX_UNSEEN_BRAIN = 0.01
 MAX_CUT_BRAIN = 0.005
-
-
-@dataclass(frozen=True)
-class PrepareConfig:
-    """What decides the prepared images and who is in which split. Where to write and how fast is not in here.
-
-    `register`: `auto` aligns rigidly whatever is not named `space-MNI...`; `none` takes the header's word.
-    `skull`: `keep` what is there, or `strip` it with the study's own masks, by the template, or with deepbet.
-    `volumes`: `measure` them in the scan, take them from the study's `table`, or from a file of SynthSeg or FreeSurfer.
-    `percentile`: None is the paper's min-max; 99.9, say, is robust to a few bright voxels.
-    """
-
-    grid: str = "paper"
-    register: Literal["auto", "rigid", "none", "unires"] = "auto"
-    skull: Literal["keep", "strip"] = "keep"
-    strip_with: Literal["mask", "template", "deepbet"] = "template"
-    volumes: str = "measure"
-    masks: Path | None = None
-    nan: Literal["error", "zero"] = "error"
-    volume_index: int | None = None
-    assume_orientation: bool = False
-    percentile: float | None = None
-    strict: bool = False
-    holdout: float = 0.2
-    seed: int = 0
-
-    def check(self) -> None:
-        """UsageError for what no study could be prepared with."""
-        grid_named(self.grid)
-        check_holdout(self.holdout)
-        if self.percentile is not None and not 50 < self.percentile <= 100:
-            raise UsageError(f"percentile is {self.percentile:g}.", remedy="It must be above 50 and at most 100.")
-        if self.skull == "keep" and self.masks is not None:
-            raise UsageError("brain masks were given, and the skull is to be kept.", remedy="Add --skull strip.")
-        if self.register == "unires" and self.uses_masks:
-            raise UsageError("UniRes moves the scans, so that masks fit no more.", remedy="Use --strip-with template.")
-
-    @property
-    def uses_masks(self) -> bool:
-        """Whether skulls are stripped with masks that come with the study."""
-        return self.skull == "strip" and (self.strip_with == "mask" or self.masks is not None)
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON; of paths only the name, because where things lay is nobody's business."""
-        content = dict(vars(self))
-        content["masks"] = None if self.masks is None else Path(self.masks).name
-        if self.volumes not in ("measure", "table"):
-            content["volumes"] = f"file {Path(self.volumes).name}"
-        return content
-
-
-@dataclass(frozen=True)
-class ScanTask:
-    """One scan to prepare into the folder `out`. `measure` is False where the volumes are known from elsewhere."""
-
-    index: int
-    scan: Scan
-    out: Path
-    config: PrepareConfig
-    measure: bool
 
 
 def image_file(participant_id: str) -> str:
@@ -146,6 +85,9 @@ def prepare_scan(task: ScanTask) -> dict[str, Any]:
     image_XYZ = unit_range(resampled.data_XYZ, percentile=config.percentile)
     quality["unseen_brain_fraction"] = unseen_brain(native, registration)
 
+    flags = _flags(quality)
+    quality.pop("poor", None)  # said by the flag
+
     file = image_file(scan.participant_id)
     written = write_nifti(task.out / file, image_XYZ, grid.affine, dtype="int16_unit", space="aligned")
     stem = task.out / scan.participant_id / "anat" / scan.participant_id
@@ -177,7 +119,7 @@ def prepare_scan(task: ScanTask) -> dict[str, Any]:
         "stripped": stripped,
         "measured": measured,
         "quality": {name: float(f"{value:.6g}") for name, value in sorted(quality.items())},
-        "flags": _flags(quality),
+        "flags": flags,
         "notes": list(dict.fromkeys(notes)),
     }
 

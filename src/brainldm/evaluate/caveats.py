@@ -30,6 +30,11 @@ def caveats(made: ImageFolder, people: ImageFolder | None, found: Findings) -> t
                 "The reference people are phantoms: these figures show that the machinery works, and nothing of how "
                 "brains learnt from real scans would come out."
             )
+        if _config(people).get("volumes") == "measure":
+            said.append(
+                "The volumes recorded of the real people were themselves measured, in their scans as they came: the "
+                "figures of the instrument alone show what this grid costs it, not how far it is from the truth."
+            )
         if found.sampled < len(people.images):
             said.append(f"{found.sampled} of {len(people.images)} real images, drawn at random, stand for all of them.")
     said += _of_images("synthetic", found.synthetic)
@@ -75,6 +80,13 @@ def _of_copies(
             f"{copies.held_out or 'No'} {'person was' if copies.held_out == 1 else 'people were'} held out: in the "
             "search for copies, distances between training people stand for those of unseen people."
         )
+
+
+def _config(people: ImageFolder) -> dict[str, Any]:
+    """How the cohort was prepared, as far as it says."""
+    prepared = people.provenance.get("prepared.json")
+    config = prepared.get("config") if isinstance(prepared, dict) else None
+    return config if isinstance(config, dict) else {}
 
 
 def _stated_training_images(provenance: Any) -> int | None:

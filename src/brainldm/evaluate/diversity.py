@@ -24,7 +24,7 @@ from brainldm.evaluate.estimate import CONFIDENCE, Estimate
 from brainldm.evaluate.examine import read_for_judging
 from brainldm.evaluate.grids import JudgingGrid
 from brainldm.evaluate.images import JudgedImage
-from brainldm.evaluate.pool import Workers
+from brainldm.evaluate.pool import each
 
 KERNEL = 7
 SIGMA_VOXELS = 1.5
@@ -150,7 +150,7 @@ def diversity(
     *,
     pairs: int,
     seed: int,
-    workers: Workers,
+    workers: int,
     progress: Progress,
 ) -> Diversity:
     """MS-SSIM over random pairs of the images of one side."""
@@ -167,7 +167,9 @@ def diversity(
     score = partial(_score_group, grid=grid, weights=weights)
     heavy = len(chosen) * grid.voxels >= VOXEL_PAIRS_WORTH_A_PROCESS
     values: dict[tuple[int, int], float] = {}
-    for position, outcome in workers.each(score, named, progress=progress, what=f"comparing {side} pairs", heavy=heavy):
+    for position, outcome in each(
+        score, named, workers=workers, progress=progress, what=f"comparing {side} pairs", heavy=heavy
+    ):
         if isinstance(outcome, Exception):
             raise outcome  # every image was read a moment ago: this is no bad image
         values |= dict(zip(groups[position], outcome))

@@ -19,7 +19,7 @@ from brainldm.base.progress import Progress
 from brainldm.base.volume import Volume
 from brainldm.evaluate.grids import JudgingGrid, on_grid
 from brainldm.evaluate.images import Failure, JudgedImage
-from brainldm.evaluate.pool import Workers
+from brainldm.evaluate.pool import each
 
 HISTOGRAM_BINS = 256
 # Prepared and generated images lie in 0..1; this far outside is rounding or a decoder's overshoot, and is clipped.
@@ -115,7 +115,7 @@ def examine(
     grid: JudgingGrid,
     *,
     sketched: Container[str],
-    workers: Workers,
+    workers: int,
     progress: Progress,
 ) -> Examination:
     """Looks at every image of one side once; what cannot be judged becomes a failure and the rest goes on.
@@ -127,8 +127,8 @@ def examine(
     requests = [(image, image.file in sketched) for image in images]
     look = partial(examine_one, grid=grid)
     heavy = len(images) * grid.voxels >= VOXELS_WORTH_A_PROCESS
-    for position, outcome in workers.each(
-        look, requests, progress=progress, what=f"reading {side} images", heavy=heavy
+    for position, outcome in each(
+        look, requests, workers=workers, progress=progress, what=f"reading {side} images", heavy=heavy
     ):
         if isinstance(outcome, Exception):
             failures[position] = Failure.of(side, images[position], outcome)

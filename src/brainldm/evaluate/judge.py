@@ -21,7 +21,6 @@ from brainldm.evaluate.images import Failure, ImageFolder, JudgedImage
 from brainldm.evaluate.measuring import Instrument, Measurements, measure, write_measured
 from brainldm.evaluate.memorisation import Memorisation, memorisation
 from brainldm.evaluate.pictures import draw_pictures, white_point
-from brainldm.evaluate.pool import Workers
 from brainldm.evaluate.rows import (
     Row,
     conditioning_rows,
@@ -61,7 +60,7 @@ class Judge:
     instrument: Instrument
     pairs: int
     seed: int
-    workers: Workers
+    workers: int
     max_real: int
     progress: Progress
     failures: list[Failure] = field(default_factory=list)
@@ -237,6 +236,7 @@ class Judge:
                 self.sketches(training, known, grid, "training"),
                 list(self.sketches(held_out, known, grid, "held-out")),
                 brain_mask(real.sketches),
+                self.seed,
             )
 
     def sketches(

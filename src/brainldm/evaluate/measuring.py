@@ -24,7 +24,7 @@ from brainldm.base.tables import write_table
 from brainldm.base.volume import Volume
 from brainldm.evaluate.examine import Examined
 from brainldm.evaluate.images import Failure, JudgedImage
-from brainldm.evaluate.pool import Workers
+from brainldm.evaluate.pool import each
 
 
 class Instrument(Protocol):
@@ -84,7 +84,7 @@ def measure(
     instrument: Instrument,
     cache: Manifest,
     *,
-    workers: Workers,
+    workers: int,
     progress: Progress,
 ) -> Measurements:
     """Measures what the cache does not hold yet; each result is on disk before the next is counted."""
@@ -98,9 +98,10 @@ def measure(
     known = len(images) - len(waiting)
     work = partial(measure_one, instrument=instrument)
     failures = []
-    for position, outcome in workers.each(
+    for position, outcome in each(
         work,
         [look.image for look in waiting],
+        workers=workers,
         progress=progress,
         what=f"measuring {side} images",
         done_before=known,

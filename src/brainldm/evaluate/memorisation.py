@@ -12,13 +12,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
-from brainldm.evaluate.estimate import Estimate, median, share
+from brainldm.base.streams import stream
+from brainldm.evaluate.estimate import CONFIDENCE, Estimate, median, share
 from brainldm.evaluate.examine import Sketch
 
 # Two files of one image, written with different precision, differ by about this (int16 and uint8 steps are below it).
 IDENTICAL_RMSE = 0.002
 MIN_HELD_OUT = 3
+DRAWS = 1000
+_TAIL = (1 - CONFIDENCE) / 2
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,8 @@ class Memorisation:
     `reference` is the same distance for people that the model has not seen: those held out, or where fewer than
     MIN_HELD_OUT are, each training person to the nearest other one (`reference_is` says which).
     `nearer_than_reference` is the share of synthetic images that lie nearer to a training image than any of the
-    reference people does, `nearer_by_chance` what it would be if synthetic images were such people.
-    `nearest_is_training` is the share of synthetic images whose nearest real image is a training image rather than a
-    held-out one, `training_by_chance` the share of training images among the real ones.
+    reference people does; `nearest_is_training` the share whose nearest real image is a training image rather than a
+    held-out one. Beside each stands what it is by chance when nothing is copied, with the range that holds 95 %.
     """
 
     training: int
@@ -50,57 +53,77 @@ def memorisation(
     training: Iterable[Sketch],
     held_out: Sequence[Sketch],
     mask_XYZ: np.ndarray,
+    seed: int,
 ) -> Memorisation:
     """Compares `synthetic` and `held_out` with every image of `training`, which is gone through once, in blocks."""
     queries = np.stack([_features(look, mask_XYZ) for look in (*synthetic, *held_out)])
-    made = len(synthetic)
-    nearest = np.full(len(queries), np.inf)
+    made, unseen = queries[: len(synthetic)], queries[len(synthetic) :]
+    nearest, who = np.full(len(queries), np.inf), np.zeros(len(queries), dtype=int)
     trained, among_training = 0, []
     for block in _blocks(training, mask_XYZ):
+        apart = _rmse(queries, block)
+        closest = apart.argmin(axis=1)
+        distance = apart[np.arange(len(queries)), closest]
+        who = np.where(distance < nearest, trained + closest, who)
+        nearest = np.minimum(nearest, distance)
         trained += len(block)
-        nearest = np.minimum(nearest, _rmse(queries, block).min(axis=1))
-        if len(held_out) < MIN_HELD_OUT:
+        if len(unseen) < MIN_HELD_OUT:
             among_training.append(block)
     if trained == 0:
-        return _nothing("there are no training images to compare with", len(synthetic), len(held_out))
+        return _nothing("there are no training images to compare with", len(made), len(unseen))
 
-    own = nearest[:made]
-    if len(held_out) >= MIN_HELD_OUT:
-        reference, reference_is = nearest[made:], "held-out people"
+    own = nearest[: len(made)]
+    if len(unseen) >= MIN_HELD_OUT:
+        reference, reference_is = nearest[len(made) :], "held-out people"
     else:
         reference, reference_is = _leave_one_out(among_training), "training people, to another"
-    reference_estimate = median(reference) if len(reference) else Estimate.none("fewer than 2 training people")
-    if len(reference):
-        nearer = share(int((own < reference.min()).sum()), made)
-        by_chance = Estimate(1 / (len(reference) + 1), n=len(reference), reason="exact, if nothing is copied")
-    else:
-        nearer = by_chance = reference_estimate
-    seen, seen_by_chance = _seen_or_not(queries[:made], own, queries[made:], trained)
+    nearer, nearer_by_chance = _nearer(own, reference)
+    seen, seen_by_chance = _seen_or_not(made, own, who[: len(made)], unseen, trained, seed)
     return Memorisation(
         trained,
-        len(held_out),
+        len(unseen),
         reference_is,
         median(own),
-        reference_estimate,
+        median(reference) if len(reference) else Estimate.none("fewer than 2 training people"),
         nearer,
-        by_chance,
+        nearer_by_chance,
         seen,
         seen_by_chance,
         int((own < IDENTICAL_RMSE).sum()),
     )
 
 
+def _nearer(own: np.ndarray, reference: np.ndarray) -> tuple[Estimate, Estimate]:
+    n, m = len(own), len(reference)
+    if m == 0:
+        none = Estimate.none("there are no reference people")
+        return none, none
+    # Were all n + m alike, how many of the n lie below the least of the m is beta-binomial.
+    low, high = (float(stats.betabinom.ppf(p, n, 1, m)) / n for p in (_TAIL, 1 - _TAIL))
+    return share(int((own < reference.min()).sum()), n), Estimate(1 / (m + 1), low, high, m, "beta-binomial")
+
+
 def _seen_or_not(
-    synthetic: np.ndarray, to_training: np.ndarray, held_out: np.ndarray, trained: int
+    made: np.ndarray, to_training: np.ndarray, who: np.ndarray, unseen: np.ndarray, trained: int, seed: int
 ) -> tuple[Estimate, Estimate]:
-    if len(held_out) == 0:
+    if len(unseen) == 0:
         none = Estimate.none("nobody was held out, so there is no unseen person to be nearer to")
         return none, none
-    to_held_out = _rmse(synthetic, held_out).min(axis=1)
-    chance = trained / (trained + len(held_out))
+    apart = _rmse(made, unseen)
+    is_unseen = apart.min(axis=1) < to_training
+    # Some people are the nearest of many images; deciding again and again at random who counts as seen takes them
+    # into account.
+    person = np.where(is_unseen, trained + apart.argmin(axis=1), who)
+    people, generator = trained + len(unseen), stream(seed, "evaluate/seen")
+    shares = []
+    for _ in range(DRAWS):
+        seen = np.zeros(people, dtype=bool)
+        seen[generator.permutation(people)[:trained]] = True
+        shares.append(seen[person].mean())
+    low, high = np.quantile(shares, [_TAIL, 1 - _TAIL]).tolist()
     return (
-        share(int((to_training < to_held_out).sum()), len(synthetic)),
-        Estimate(chance, n=trained + len(held_out), reason="exact, if seen and unseen people are alike"),
+        share(int((~is_unseen).sum()), len(made)),
+        Estimate(trained / people, low, high, people, f"{DRAWS} random choices of who was seen"),
     )
 
 

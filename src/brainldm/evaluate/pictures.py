@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from brainldm.base.streams import stream
 from brainldm.evaluate.examine import HISTOGRAM_BINS, Examined, Sketch, to_unit
 
 MAX_SYNTHETIC, MAX_REAL = 64, 16
+ABREAST = 4
 BACKGROUND_BELOW = 0.04
 WHITE_QUANTILE = 0.998
 
@@ -38,32 +40,53 @@ def white_point(sketches: Sequence[Sketch]) -> float:
 def draw_pictures(
     folder: Path, sides: Mapping[str, Sequence[Examined]], *, white: float, seed: int, show_real: bool
 ) -> None:
-    """Writes PNGs of three views an image and figures.json, which lists them; removes those of an earlier call.
+    """Writes a mosaic a side, synthetic.png and real.png, and figures.json, which says what is where in them.
 
-    All are cut to one box, around all the heads shown.
+    All pictures are cut to one box, around all the heads shown.
     """
-    shown: list[tuple[str, Examined, dict[View, np.ndarray]]] = []
+    shown: dict[str, list[tuple[Examined, dict[View, np.ndarray]]]] = {}
     crop: Crop | None = None
     for side, limit in (("synthetic", MAX_SYNTHETIC), ("real", MAX_REAL if show_real else 0)):
+        shown[side] = []
         for look in _some(sides.get(side, ()), limit, seed, side):
             with contextlib.suppress(BrainldmError):  # gone since it was examined: no picture, and nothing else
                 data_XYZ, _ = to_unit(read_nifti(look.image.path).data_XYZ)
-                shown.append((side, look, {view: middle_slice(data_XYZ, view) for view in VIEWS}))
+                shown[side].append((look, {view: middle_slice(data_XYZ, view) for view in VIEWS}))
                 around = Crop.around(data_XYZ, 0.1 * white)
                 crop = around if crop is None else crop.joined(around)
-    listed, kept = [], set()
-    for number, (side, look, slices) in enumerate(shown):
-        files = {view: f"{number:03d}-{side}-{view}.png" for view in VIEWS}
-        for view, file in files.items():
-            write_bytes(folder / file, grey_png((crop or Crop()).of(slices[view], view), white=white))
-            kept.add(file)
+    cut = crop or Crop()
+    index: dict[str, Any] = {"white": white}
+    for side, images in shown.items():
+        mosaic, boxes = _mosaic([[cut.of(slices[view], view) for view in VIEWS] for _, slices in images])
+        path = folder / f"{side}.png"
+        if not images:
+            path.unlink(missing_ok=True)
+            continue
+        write_bytes(path, grey_png(mosaic, white=white))
         # A real person's picture is tied to their row nowhere.
-        tie = {"sha256": look.sha256} if side == "synthetic" else {}
-        listed.append({"side": side, **tie, "views": files})
-    write_json(folder / "figures.json", {"white": white, "images": listed})
-    for path in folder.glob("*.png"):
-        if path.name not in kept:
-            path.unlink()
+        ties = [{"sha256": look.sha256} if side == "synthetic" else {} for look, _ in images]
+        index[side] = [tie | {"boxes": dict(zip(VIEWS, row))} for tie, row in zip(ties, boxes)]
+    write_json(folder / "figures.json", index)
+
+
+def _mosaic(rows: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, list[list[list[int]]]]:
+    """The pictures of each row side by side, rows below one another, several abreast, and where each one lies: [left,
+    top, right, bottom]."""
+    if not rows:
+        return np.zeros((1, 1)), []
+    height = max(picture.shape[0] for row in rows for picture in row)
+    width = max(sum(picture.shape[1] for picture in row) for row in rows)
+    canvas = np.zeros((height * -(-len(rows) // ABREAST), width * min(ABREAST, len(rows))))
+    boxes: list[list[list[int]]] = []
+    for number, row in enumerate(rows):
+        top, left = height * (number // ABREAST), width * (number % ABREAST)
+        boxes.append([])
+        for picture in row:
+            down, across = picture.shape
+            canvas[top : top + down, left : left + across] = picture
+            boxes[-1].append([left, top, left + across, top + down])
+            left += across
+    return canvas, boxes
 
 
 def _some(looks: Sequence[Examined], limit: int, seed: int, side: str) -> Sequence[Examined]:

@@ -34,7 +34,7 @@ from brainldm.evaluate.examine import Examination
 from brainldm.evaluate.images import Failure, ImageFolder, open_images
 from brainldm.evaluate.judge import Findings, Judge
 from brainldm.evaluate.measuring import Instrument
-from brainldm.evaluate.pool import Workers, usable_cpus
+from brainldm.evaluate.pool import usable_cpus
 from brainldm.evaluate.rows import Row
 
 SCHEMA = "brainldm scorecard"
@@ -138,8 +138,9 @@ def evaluate_dataset(
     made = open_images(synth, "synthetic")
     people = None if real is None else open_images(real, "real")
     curves = None if runs is None else learning_curves(Path(runs))
-    with locked_folder(out), Workers(workers or usable_cpus()) as crew:
-        judge = Judge(made, people, out, measure or _default_measure(), pairs, seed, crew, max_real, progress)
+    crew = workers or usable_cpus()
+    judge = Judge(made, people, out, measure or _default_measure(), pairs, seed, crew, max_real, progress)
+    with locked_folder(out):
         found = judge.run(show_real=show_real)
         card = _scorecard(judge, found)
         if curves is not None:

@@ -80,7 +80,7 @@ def write_description(out: Path, facts: dict[str, Any], rows: list[PlanRow]) -> 
         ),
     )
     write_text(out / "README.md", _README.format(name=name, n=len(rows)))
-    write_text(out / ".bidsignore", "plan.tsv\ngeneration.json\nmanifest.jsonl\nfailures.tsv\n")
+    write_text(out / ".bidsignore", "plan.tsv\ngeneration.json\nmanifest.jsonl\nfailures.tsv\nindex.html\n")
     write_json(
         out / f"space-{SPACE}_desc-synth_T1w.json",
         t1w_sidecar(

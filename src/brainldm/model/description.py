@@ -15,7 +15,7 @@ from brainldm.diffusion.schedule import Schedule, scaled_linear
 from brainldm.nets.autoencoder import AutoencoderConfig
 from brainldm.nets.unet import UNetConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 
 
 class Strict(BaseModel):

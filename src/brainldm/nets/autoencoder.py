@@ -1,7 +1,7 @@
 """The autoencoder of Pinaya et al. 2022, at any width: brains in, a small latent out, and back.
 
-Encoder: convolution; per level residual blocks, then a halving convolution; norm; convolution. The decoder is its mirror.
-No attention. With the defaults it is the paper's: 160 x 224 x 160 becomes 3 x 20 x 28 x 20.
+Encoder: convolution; per level residual blocks, then a halving convolution; norm; convolution. The decoder is its
+mirror. No attention. With the defaults it is the paper's: 160 x 224 x 160 becomes 3 x 20 x 28 x 20.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ and doubling are residual blocks with a mean or a repetition inside (`resblock_u
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -121,6 +121,14 @@ class _Level(nn.Module):
         self.resnets = nn.ModuleList([ResidualBlock(i, o, time_features, config) for i, o in widths])
         if head_channels is not None:
             self.attentions = nn.ModuleList([_transformer(o, head_channels, config) for _, o in widths])
+        self.blocks = len(widths)
+
+    @property
+    def resampler(self) -> ResidualBlock | None:
+        """The block that halves (on the way down) or doubles (on the way up) the grid after this level."""
+        found = getattr(self, "downsampler", None) or getattr(self, "upsampler", None)
+        assert found is None or isinstance(found, ResidualBlock)
+        return found
 
     def block(
         self, number: int, x_BCXYZ: torch.Tensor, time_BF: torch.Tensor, context_BNF: torch.Tensor
@@ -128,6 +136,12 @@ class _Level(nn.Module):
         """Residual block `number` and its transformer."""
         x_BCXYZ = self.resnets[number](x_BCXYZ, time_BF)
         return self.attentions[number](x_BCXYZ, context_BNF) if hasattr(self, "attentions") else x_BCXYZ
+
+
+def _levels(blocks: nn.ModuleList) -> Iterator[_Level]:
+    for block in blocks:
+        assert isinstance(block, _Level)
+        yield block
 
 
 class _Middle(nn.Module):
@@ -198,23 +212,23 @@ class DiffusionUNet(nn.Module):
         time_BF = self.time_embed(timestep_embedding(timesteps_B, self.config.channels[0]).to(x_BCXYZ.dtype))
         h = self.conv_in(x_BCXYZ.contiguous(memory_format=torch.channels_last_3d))
         handed = [h]
-        for level in self.down_blocks:
-            for number in range(len(level.resnets)):
+        for level in _levels(self.down_blocks):
+            for number in range(level.blocks):
                 h = self._run(level.block, number, h, time_BF, context_BNF)
                 handed.append(h)
-            if hasattr(level, "downsampler"):
-                h = self._run(level.downsampler, h, time_BF)
+            if level.resampler is not None:
+                h = self._run(level.resampler, h, time_BF)
                 handed.append(h)
         h = self._run(self.middle_block, h, time_BF, context_BNF)
-        for level in self.up_blocks:
-            for number in range(len(level.resnets)):
+        for level in _levels(self.up_blocks):
+            for number in range(level.blocks):
                 joined = torch.cat([h, handed.pop()], dim=1)
                 h = self._run(level.block, number, joined, time_BF, context_BNF)
-            if hasattr(level, "upsampler"):
-                h = self._run(level.upsampler, h, time_BF)
+            if level.resampler is not None:
+                h = self._run(level.resampler, h, time_BF)
         return self.out(h)
 
     def _run(self, block: Callable[..., torch.Tensor], *inputs: object) -> torch.Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
+            return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)

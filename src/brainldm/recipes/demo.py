@@ -27,9 +27,9 @@ def demo() -> Recipe:
             adversarial_weight=0.0,
         ),
         diffusion=DiffusionStageConfig(
-            channels=(64, 96),
+            channels=(64, 128),
             attention=(False, True),
-            head_channels=(0, 96),
+            head_channels=(0, 128),
             norm_groups=16,
             res_blocks=1,
             steps=2500,

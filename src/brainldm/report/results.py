@@ -7,12 +7,13 @@ from __future__ import annotations
 import base64
 import contextlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from brainldm.base.covariates import CONTINUOUS, COVARIATES
 from brainldm.base.errors import BadInput, BrainldmError
@@ -143,22 +144,25 @@ def _recorded_and_measured(path: Path) -> dict[str, list[tuple[float, float]]]:
 
 
 def _pictures(folder: Path) -> tuple[dict[str, Picture], tuple[Picture, ...]]:
-    """Pictures of synthetic images by hash, and of real ones."""
+    """Pictures of synthetic images by hash, and of real ones, cut out of the mosaics."""
     if not (folder / "figures.json").exists():
         return {}, ()
-    synthetic: dict[str, Picture] = {}
-    real: list[Picture] = []
-    for entry in read_json(folder / "figures.json").get("images", ()):
-        # Only plain names: the list is a file like any other and could name anything.
-        files = {view: PurePosixPath(str(entry["views"][view])).name for view in VIEWS}
-        if not all((folder / file).is_file() for file in files.values()):
-            continue
-        picture: Picture = {str(view): _as_uri((folder / file).read_bytes()) for view, file in files.items()}
-        if entry["side"] == "synthetic":
-            synthetic[str(entry.get("sha256"))] = picture
-        else:
-            real.append(picture)
-    return synthetic, tuple(real)
+    index = read_json(folder / "figures.json")
+    synthetic = {str(entry["sha256"]): picture for entry, picture in _cut_out(folder / "synthetic.png", index)}
+    return synthetic, tuple(picture for _, picture in _cut_out(folder / "real.png", index))
+
+
+def _cut_out(path: Path, index: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Picture]]:
+    entries = index.get(path.stem, ())
+    if not entries or not path.is_file():
+        return
+    with Image.open(path) as opened:
+        mosaic = np.asarray(opened.convert("L")) / 255
+    for entry in entries:
+        picture = {}
+        for view, (left, top, right, bottom) in entry["boxes"].items():
+            picture[view] = _as_uri(grey_png(mosaic[top:bottom, left:right]))
+        yield entry, picture
 
 
 def _as_uri(png: bytes) -> str:
@@ -175,15 +179,16 @@ def _dataset(folder: Path) -> Results:
     crop: Crop | None = None
     for row, cells in enumerate(plan.rows):
         record = made.get(int(plan.number(row, "index") or 0))
-        if record is None:
-            continue
+        file = "" if record is None else str(record.get("file", ""))
+        if not file or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+            continue  # not made yet, or not in this dataset
         if len(slices) < MAX_PICTURED:
             try:
-                image_XYZ = np.clip(read_nifti(folder / str(record["file"])).data_XYZ, 0, 1)
+                image_XYZ = np.clip(read_nifti(folder / file).data_XYZ, 0, 1)
                 slices[len(brains)] = {view: middle_slice(image_XYZ, view) for view in VIEWS}
                 crop = Crop.around(image_XYZ, 0.1) if crop is None else crop.joined(Crop.around(image_XYZ, 0.1))
             except BrainldmError as error:
-                failures.append({"side": "synthetic", "file": str(record["file"]), "message": error.message})
+                failures.append({"side": "synthetic", "file": file, "message": error.message})
         brains.append(
             Brain(
                 cells["participant_id"],

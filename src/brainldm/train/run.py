@@ -127,8 +127,8 @@ class _Run:
         downsampling = self.recipe.autoencoder.net.downsampling * 2**halvings
         if any(n % downsampling for n in self.cohort.grid.shape_XYZ):
             raise UsageError(
-                f"the grid {self.cohort.grid.shape_XYZ} is not divisible by {downsampling}, what the autoencoder and the "
-                f"U-Net of recipe {self.recipe.name!r} halve it by together.",
+                f"the grid {self.cohort.grid.shape_XYZ} is not divisible by {downsampling}, what the autoencoder and "
+                f"the U-Net of recipe {self.recipe.name!r} divide it by together.",
                 remedy="Choose another recipe or another grid.",
             )
         self.ranges = CovariateRanges.fitted(self.train.covariates)

@@ -1,0 +1,337 @@
+"""The whole evaluation: what it writes, what it survives, and that it never measures twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import judged_folders
+from brainldm.base.errors import BadInput, UsageError
+from brainldm.base.files import read_json, write_json
+from brainldm.base.nifti import write_nifti
+from brainldm.base.tables import read_table
+from brainldm.base.volume import GRIDS, Volume
+from brainldm.evaluate.scorecard import Scorecard, evaluate_dataset
+from judged_folders import TINY, BlobMeasure, Found, blob, write_cohort, write_synthetic
+
+ASKED = [float(v) for v in np.repeat([15e3, 25e3, 35e3, 45e3], 3)]
+RECORDED = [float(v) for v in np.linspace(12e3, 60e3, 15)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("judged")
+    synthetic = write_synthetic(
+        root / "brains",
+        ASKED,
+        ages=[50.0, 60, 70] * 4,
+        extrapolated=[None] * 9 + ["ventricles_mm3"] * 3,
+    )
+    return synthetic, write_cohort(root / "cohort", RECORDED)
+
+
+@pytest.fixture
+def mine(folders: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path, Path]:
+    """Copies that a test may spoil, and an output folder."""
+    return shutil.copytree(folders[0], tmp_path / "s"), shutil.copytree(folders[1], tmp_path / "r"), tmp_path / "out"
+
+
+def judge(synth: Path, real: Path | None, out: Path, **more: object) -> Scorecard:
+    settings = {"measure": BlobMeasure(), "workers": 1, "pairs": 40} | more
+    return evaluate_dataset(synth, real, out, **settings)  # type: ignore[arg-type]
+
+
+def test_everything_is_written_and_is_json(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    card = judge(*folders, tmp_path)
+    ventricles = card.row("ventricles_mm3.pearson_r")
+    assert ventricles.synthetic.value > 0.98 and ventricles.synthetic.n == 12
+    assert ventricles.reference.value > 0.98 and ventricles.reference.n == 15
+    assert card.row("ventricles_mm3.slope").synthetic.value == pytest.approx(1, abs=0.1)
+    assert card.row("ventricles_mm3.absolute_error", "outside the training range").synthetic.n == 3
+    assert card.row("ventricles_mm3.absolute_error", "inside the training range").synthetic.n == 9
+    assert card.row("ms_ssim").difference.value is not None
+    assert card.row("brain_mm3.pearson_r").synthetic.value is None  # all were asked for the same
+    assert card.failures == () and not (tmp_path / "failures.tsv").exists()
+
+    text = (tmp_path / "scorecard.json").read_text()
+    assert Scorecard.from_json(json.loads(text)) == card
+    assert "NaN" not in text and "Infinity" not in text
+    assert read_json(tmp_path / "scorecard.json")["settings"]["ms_ssim"]["scales"] == 2
+    table = read_table(tmp_path / "scorecard.tsv")
+    assert len(table) == len(card.rows)
+    assert "| MS-SSIM between pairs |" in (tmp_path / "scorecard.md").read_text()
+    for words in ("Does it obey?", "Trained on 6 people", "grid of values", "2 of its 5 scales"):
+        assert words in card.as_text()
+    assert any("6 images" in warning and "10 training people" in warning for warning in card.warnings)
+
+
+def test_asked_and_measured_stand_in_columns_of_their_own(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    judge(*folders, tmp_path)
+    table = read_table(tmp_path / "measured.tsv")
+    assert [table.number(row, "ventricles_mm3_asked") for row in range(12)] == ASKED
+    measured = [table.number(row, "ventricles_mm3_measured") for row in range(12)]
+    assert measured != ASKED and np.allclose(measured, ASKED, rtol=0.15)
+    assert table.rows[11]["extrapolated"] == "ventricles_mm3" and table.rows[0]["extrapolated"] == "n/a"
+    reference = read_table(tmp_path / "measured_reference.tsv")
+    assert reference.number(3, "ventricles_mm3_recorded") == pytest.approx(RECORDED[3])
+    assert reference.rows[0]["split"] == "train"
+
+
+def test_the_same_again_gives_the_same_and_measures_nothing(mine: tuple[Path, Path, Path]) -> None:
+    synth, real, out = mine
+    first = judge(synth, real, out)
+    judged_folders.CALLS.clear()
+    again = judge(synth, real, out)
+    assert judged_folders.CALLS == []
+    assert again.rows == first.rows and again.warnings == first.warnings
+
+    # A changed image is measured again, another instrument measures everything.
+    image = next((real / "sub-03").rglob("*.nii.gz"))
+    image.unlink()
+    (real / "manifest.jsonl").write_text("")
+    write_cohort(real, [v + 500 * (k == 3) for k, v in enumerate(RECORDED)])
+    judge(synth, real, out)
+    assert len(judged_folders.CALLS) == 1
+    judged_folders.CALLS.clear()
+    judge(synth, real, out, measure=BlobMeasure("blob counter 2"))
+    assert len(judged_folders.CALLS) == 27
+
+
+def test_a_killed_run_goes_on_where_it_stopped(mine: tuple[Path, Path, Path]) -> None:
+    synth, real, out = mine
+
+    class Killed(BaseException):
+        pass
+
+    class Killer:
+        left = 30  # 12 and 15 images are read, then the third is being counted as measured
+
+        def start(self, what: str, total: int, done: int = 0) -> None: ...
+
+        def advance(self, steps: int = 1, note: str = "") -> None:
+            self.left -= steps
+            if self.left == 0:
+                raise Killed
+
+    with pytest.raises(Killed):
+        judge(synth, real, out, progress=Killer())
+    assert not (out / "scorecard.json").exists()
+    judged_folders.CALLS.clear()
+    card = judge(synth, real, out)
+    assert len(judged_folders.CALLS) == 25
+    assert card.rows == judge(synth, real, out.parent / "fresh").rows
+
+
+def test_processes_give_the_same_numbers(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    alone = judge(*folders, tmp_path / "alone")
+    together = judge(*folders, tmp_path / "together", workers=2)
+    assert alone.rows == together.rows
+
+
+def test_order_of_rows_does_not_matter(mine: tuple[Path, Path, Path]) -> None:
+    synth, real, out = mine
+    first = judge(synth, real, out, pairs=1000)
+    lines = (real / "participants.tsv").read_text().splitlines()
+    (real / "participants.tsv").write_text("\n".join([lines[0], *lines[:0:-1]]) + "\n")
+    records = (real / "manifest.jsonl").read_text().splitlines()
+    (real / "manifest.jsonl").write_text("\n".join(records[::-1]) + "\n")
+    assert judge(synth, real, out.parent / "two", pairs=1000).rows == first.rows
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_broken_files_are_listed_and_the_rest_is_judged(mine: tuple[Path, Path, Path]) -> None:
+    synth, real, out = mine
+    images = sorted(synth.rglob("*.nii.gz"))
+    images[0].write_bytes(images[0].read_bytes()[:-40])
+    images[1].write_bytes(b"")
+    images[2].unlink()
+    images[3].write_bytes(b"<!DOCTYPE html><p>404")
+    shutil.copy(images[5], images[4])  # whole, but not what the manifest states
+    people = sorted(real.rglob("*.nii.gz"))
+    people[0].write_bytes(b"x" * 400)
+    card = judge(synth, real, out)
+    assert [failure.reason for failure in card.failures] == [
+        "truncated",
+        "empty",
+        "missing",
+        "not_nifti",
+        "checksum",
+        "not_nifti",
+    ]
+    assert card.synthetic.judged == 7 and card.synthetic.failed == 5 and card.real.judged == 14
+    assert card.row("ventricles_mm3.pearson_r").synthetic.n == 7
+    table = read_table(out / "failures.tsv")
+    assert [row["side"] for row in table.rows] == ["synthetic"] * 5 + ["real"]
+    assert table.rows[3]["file"].startswith("sub-000003/")
+    assert "HTML" in card.as_text()
+
+
+def test_nothing_to_judge_is_a_clear_refusal(mine: tuple[Path, Path, Path]) -> None:
+    synth, real, out = mine
+    for image in synth.rglob("*.nii.gz"):
+        image.write_bytes(b"")
+    with pytest.raises(BadInput, match=r"not one of its 12 images can be judged.*empty"):
+        judge(synth, real, out)
+    assert not (out / "scorecard.json").exists()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_tiny_sets_get_an_answer_or_a_reason(folders: tuple[Path, Path], tmp_path: Path, n: int) -> None:
+    few = write_synthetic(tmp_path / "few", ASKED[::4][:n])
+    card = judge(few, folders[1], tmp_path / "out")
+    r, ms_ssim = card.row("ventricles_mm3.pearson_r"), card.row("ms_ssim")
+    assert (r.synthetic.value is None) == (n < 3) and r.synthetic.low is None and r.synthetic.reason
+    assert (ms_ssim.synthetic.value is None) == (n < 2) and ms_ssim.synthetic.low is None
+    assert (card.row("mean_image_rmse").synthetic.value is None) == (n < 2)
+    assert card.row("nearest_training_rmse").synthetic.value is not None
+    assert any(f"Only {n} synthetic image" in warning for warning in card.warnings)
+    json.dumps(card.to_json(), allow_nan=False)
+    reverse = judge(folders[0], few, tmp_path / "reverse")
+    assert (reverse.row("ms_ssim").difference.value is None) == (n < 2)
+
+
+def test_identical_folders_are_called_copies(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    card = judge(folders[1], folders[1], tmp_path)
+    assert any("15 synthetic images equal a real one" in warning for warning in card.warnings)
+    assert card.row("mean_image_rmse").synthetic.value == pytest.approx(0, abs=1e-7)
+    assert card.row("ms_ssim").synthetic == card.row("ms_ssim").synthetic
+    assert card.row("nearest_training_rmse").synthetic.value < 0.06
+
+
+def test_volumes_that_were_measured_are_no_truth(mine: tuple[Path, Path, Path]) -> None:
+    synth, real, out = mine
+    write_json(real / "prepared.json", {"config": {"volumes": "measure"}})
+    assert any("not how far it is from the truth" in warning for warning in judge(synth, real, out).warnings)
+    write_json(real / "prepared.json", {"config": {"volumes": "table"}})
+    assert not any("from the truth" in warning for warning in judge(synth, real, out).warnings)
+
+
+def test_the_same_file_many_times_is_said(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    for i in range(5):
+        write_nifti(tmp_path / "same" / f"{i}.nii.gz", blob(2e4, 1), TINY.affine)
+    card = judge(tmp_path / "same", folders[1], tmp_path / "out")
+    assert any("4 of 5 synthetic images are the same file" in warning for warning in card.warnings)
+    assert card.row("ms_ssim").synthetic.value == pytest.approx(1)
+    assert card.row("ventricles_mm3.pearson_r").synthetic.value is None  # nothing was asked of them
+
+
+def test_mixed_grids_and_intensities_are_brought_together_and_said(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    fine = GRIDS["4mm"]
+    for i in range(6):
+        write_nifti(tmp_path / "mixed" / f"{i}.nii.gz", blob(2e4 + 3e3 * i, 50 + i), TINY.affine)
+    write_nifti(tmp_path / "mixed" / "fine.nii.gz", blob(3e4, 60, fine), fine.affine)
+    write_nifti(tmp_path / "mixed" / "counts.nii.gz", blob(3e4, 61) * 900, TINY.affine, dtype="int16")
+    moved = TINY.affine.copy()
+    moved[:3, 3] += 200
+    write_nifti(tmp_path / "mixed" / "elsewhere.nii.gz", blob(3e4, 62), moved)
+    card = judge(tmp_path / "mixed", folders[1], tmp_path / "out")
+    assert [failure.reason for failure in card.failures] == ["grid"]
+    assert card.synthetic.judged == 8
+    assert card.settings["judging_grid"]["shape_XYZ"] == list(TINY.shape_XYZ)
+    assert any("1 of 8 synthetic images lie on another grid" in warning for warning in card.warnings)
+    assert any("1 of 8 synthetic images had intensities outside 0..1" in warning for warning in card.warnings)
+
+
+@dataclass(frozen=True)
+class Crashing:
+    name: str = "crashing"
+    only_below: float = 0.0
+
+    def __call__(self, image: Volume) -> Found:
+        if image.data_XYZ[10, 13, 10] >= self.only_below:
+            raise RuntimeError("segmentation fault, in a manner of speaking")
+        return Found(float("nan"), 1.0)
+
+
+@pytest.mark.parametrize("below", [0.0, 1.0])
+def test_an_instrument_that_fails_leaves_the_rest_standing(
+    folders: tuple[Path, Path], tmp_path: Path, below: float
+) -> None:
+    card = judge(*folders, tmp_path, measure=Crashing(only_below=below))
+    assert card.row("ventricles_mm3.pearson_r").synthetic.value is None
+    assert card.row("ms_ssim").synthetic.value is not None
+    assert len(card.failures) == 27
+    expected = "no finite number for ventricles_mm3" if below else "in a manner of speaking"
+    assert all(expected in failure.message for failure in card.failures)
+
+
+def test_without_a_reference_what_needs_none_is_judged(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    card = judge(folders[0], None, tmp_path)
+    assert card.real is None and card.row("ms_ssim").reference is None
+    assert {row.section for row in card.rows} == {"conditioning", "diversity", "distribution"}
+
+
+def test_ranges_come_from_the_training_people_where_no_plan_says(mine: tuple[Path, Path, Path]) -> None:
+    synth, real, out = mine
+    text = (synth / "plan.tsv").read_text().splitlines()
+    (synth / "plan.tsv").write_text("\n".join(line.rsplit("\t", 1)[0] for line in text) + "\n")
+    write_cohort(real / "narrow", [16e3, 30e3, 40e3], splits=["train", "train", "test"])
+    card = judge(synth, real / "narrow", out)
+    assert card.row("ventricles_mm3.bias", "outside the training range").synthetic.n == 9
+    assert card.row("ventricles_mm3.bias", "inside the training range").synthetic.n == 3
+
+
+def test_output_folders_are_not_mistaken(mine: tuple[Path, Path, Path]) -> None:
+    synth, real, out = mine
+    with pytest.raises(UsageError, match="one of the folders to be judged"):
+        judge(synth, real, real)
+    out.mkdir()
+    (out / "thesis.docx").write_text("precious")
+    with pytest.raises(UsageError, match=r"thesis.docx"):
+        judge(synth, real, out)
+    with pytest.raises(BadInput, match="no training log"):
+        judge(synth, real, out.parent / "o", runs=real)
+
+
+def test_a_scorecard_of_another_version_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    content = judge(*folders, tmp_path).to_json()
+    with pytest.raises(BadInput, match="version"):
+        Scorecard.from_json(content | {"schema_version": 99})
+
+
+def test_names_that_could_be_formulas_or_markup_are_inert(mine: tuple[Path, Path, Path]) -> None:
+    _, real, out = mine
+    folder = out.parent / "hostile"
+    for name in ('=cmd|"calc"!A1', "<b>bold|cell", "@sum", "x"):
+        write_nifti(folder / f"{name}.nii.gz", blob(2e4, len(name)), TINY.affine)
+    (folder / "-[click](x)\n.nii.gz").write_bytes(b"")
+    judge(folder, real, out)
+    cells = [cell for line in (out / "measured.tsv").read_text().splitlines() for cell in line.split("\t")]
+    assert not any(cell.startswith(("=", "@", "-[")) for cell in cells)
+    markdown = (out / "scorecard.md").read_text()
+    assert "<b>" not in markdown and "\\[click]" in markdown
+
+
+def test_learning_curves_are_thinned(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    log = tmp_path / "run" / "diffusion" / "log.jsonl"
+    log.parent.mkdir(parents=True)
+    lines = [json.dumps({"step": k + 1, "loss": 1 / (k + 1), "rate": 0.1}) for k in range(1000)]
+    log.write_text("\n".join([*lines, '{"step": 1001, "lo']))
+    judge(*folders, tmp_path / "out", runs=tmp_path / "run")
+    curve = read_json(tmp_path / "out" / "learning_curves.json")["diffusion"]
+    assert len(curve["step"]) == 300 and curve["step"][-1] == 1000
+    assert curve["loss"][-1] == pytest.approx(np.mean([1 / k for k in (998, 999, 1000)]))
+
+
+def test_only_a_drawn_part_of_many_real_images_is_measured(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    judged_folders.CALLS.clear()
+    card = judge(*folders, tmp_path, max_real=5)
+    assert card.real.sampled == 5 and card.real.training == 10 and len(judged_folders.CALLS) == 17
+    assert card.row("nearest_is_training").reference.n == 15  # the search for copies looks at everybody
+    assert any("5 of 15 real images" in warning for warning in card.warnings)
+
+
+def test_pictures_of_an_earlier_call_go(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    judge(*folders, tmp_path)
+    index = read_json(tmp_path / "figures" / "figures.json")
+    assert len(index["synthetic"]) == 12 and len(index["real"]) == 15
+    assert "sha256" in index["synthetic"][0] and "sha256" not in index["real"][0]
+    judge(*folders, tmp_path, show_real=False)
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["figures.json", "synthetic.png"]
