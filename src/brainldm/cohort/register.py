@@ -123,7 +123,7 @@ def resample_to_grid(scan: Volume, mni_from_scan: np.ndarray, grid: Grid, *, ord
         scan_voxel_from_grid_voxel[:3, 3],
         output_shape=grid.shape_XYZ,
         order=order,
-        mode="constant",
+        mode="grid-constant",  # plain `constant` drops the outermost plane to rounding
         cval=0.0,
     )
     return Volume(resampled.astype(np.float32), np.array(grid.affine), scan.notes)

@@ -61,7 +61,7 @@ def write_image(out: Path, row: PlanRow, image_XYZ: np.ndarray, grid: Grid, dtyp
         image_XYZ,
         grid.affine,
         dtype=dtype,
-        space="mni",
+        space="aligned",  # aligned to MNI space by a rigid motion: heads keep their size
         description=f"SYNTHETIC brainldm {brainldm.__version__}",
     )
 
