@@ -219,6 +219,23 @@ def test_unsound_brains_are_drawn_again_and_counted(
     assert {index: record["attempt"] for index, record in records.items()} == {0: 0, 1: 1, 3: 0}
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (GenerateSettings(sampler="euler"), "no sampler is named 'euler'"),
+        (GenerateSettings(steps=0), "0 sampling steps"),
+        (GenerateSettings(sampler="ddpm", steps=50), "ddpm takes all 1000"),
+        (GenerateSettings(batch=0), "a batch of 0"),
+    ],
+)
+def test_impossible_settings_are_refused_before_anything_is_written(
+    model: LatentDiffusion, tmp_path: Path, settings: GenerateSettings, told: str
+) -> None:
+    with pytest.raises(UsageError, match=told):
+        generate(model, tmp_path / "out", plan_of(model, 2), settings)
+    assert not (tmp_path / "out").exists()
+
+
 def test_sound_means_finite_bright_and_not_flat() -> None:
     shape = (8, 8, 8)
     good = np.linspace(0, 1, 512).reshape(shape)

@@ -1,4 +1,4 @@
-"""How noise grows with the timestep."""
+"""How noise grows with the timestep, and which timesteps a sampler visits."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ import numpy as np
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Schedule:
     """Variances of the steps and their products: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
 
-    Arrays are float64, shape (T,), indexed by the timestep 0..T-1.
+    Arrays are float64, shape (T,), read-only, indexed by the timestep 0..T-1.
     """
 
     betas: np.ndarray
     alpha_bars: np.ndarray
+
+    def __post_init__(self) -> None:
+        for name in ("betas", "alpha_bars"):
+            array = np.array(getattr(self, name), dtype=np.float64)
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
 
     @property
     def steps(self) -> int:
@@ -24,14 +30,24 @@ class Schedule:
 
     def at(self, timesteps_B: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """sqrt(alpha_bar) and sqrt(1 - alpha_bar) of each row's timestep, shaped to scale `like` (B, ...)."""
-        alpha_bar = torch.from_numpy(self.alpha_bars)[timesteps_B.cpu().long()]
+        timesteps = timesteps_B.cpu().long().numpy()
+        if timesteps.size and not 0 <= timesteps.min() <= timesteps.max() < self.steps:
+            raise ValueError(
+                f"timesteps {timesteps.min()} to {timesteps.max()} are not all in 0..{self.steps - 1}, "
+                "the steps of the schedule: draw them from there"
+            )
+        alpha_bar = torch.from_numpy(self.alpha_bars[timesteps])
         shape = (-1, *(1,) * (like.ndim - 1))
         signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        return tuple(factor.to(like.device, like.dtype).reshape(shape) for factor in (signal, noise))  # type: ignore[return-value]
+        return signal.to(like.device, like.dtype).reshape(shape), noise.to(like.device, like.dtype).reshape(shape)
 
 
 def scaled_linear(beta_start: float = 0.0015, beta_end: float = 0.0205, steps: int = 1000) -> Schedule:
     """The paper's schedule: sqrt(beta) rises linearly (Rombach et al. 2022)."""
+    if not 0 < beta_start <= beta_end < 1 or steps < 1:
+        raise ValueError(
+            f"betas from {beta_start} to {beta_end} in {steps} steps: they must rise between 0 and 1, in 1 step or more"
+        )
     betas = np.linspace(beta_start**0.5, beta_end**0.5, steps) ** 2
     return Schedule(betas, np.cumprod(1 - betas))
 
@@ -39,13 +55,29 @@ def scaled_linear(beta_start: float = 0.0015, beta_end: float = 0.0205, steps: i
 def leading_timesteps(schedule: Schedule, steps: int) -> list[int]:
     """`steps` timesteps evenly apart, the last one 0: 980, 960, ..., 0 for 50 of 1000. As the published bundle samples.
 
-    MONAI 1.6 spaces them from 999 instead, which is another trajectory.
+    MONAI 1.6 spaces them from 999 instead, which is another trajectory. Where `steps` does not divide the schedule the
+    gaps differ by one; a constant gap (as MONAI had) would leave out the noisiest timesteps: for 600 of 1000 it would
+    start from pure noise at t = 599, where a fifth of the amplitude should be signal.
     """
-    _check_steps(schedule, steps)
-    stride = schedule.steps // steps
-    return [stride * i for i in reversed(range(steps))]
+    _check_steps(steps, schedule.steps)
+    return [i * schedule.steps // steps for i in reversed(range(steps))]
 
 
-def _check_steps(schedule: Schedule, steps: int) -> None:
-    if not 1 <= steps <= schedule.steps:
-        raise ValueError(f"{steps} sampling steps; the schedule has {schedule.steps}, so ask for 1 to {schedule.steps}")
+def original_timesteps(schedule: Schedule, steps: int) -> list[int]:
+    """The same, one later: 981, 961, ..., 1 for 50 of 1000. As the authors' first code sampled."""
+    _check_steps(steps, schedule.steps - 1)
+    return [t + 1 for t in leading_timesteps(schedule, steps)]
+
+
+def all_timesteps(schedule: Schedule, steps: int) -> list[int]:
+    """Every timestep, falling to 0; `steps` must be their number."""
+    if steps != schedule.steps:
+        raise ValueError(
+            f"{steps} sampling steps were asked for: ddpm takes all {schedule.steps} of the schedule; ddim takes fewer"
+        )
+    return list(reversed(range(steps)))
+
+
+def _check_steps(steps: int, most: int) -> None:
+    if not 1 <= steps <= most:
+        raise ValueError(f"{steps} sampling steps were asked for: ask for 1 to {most} on this schedule")

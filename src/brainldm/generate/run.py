@@ -21,6 +21,7 @@ from brainldm.base.nifti import Dtype
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import stream
 from brainldm.base.tables import write_table
+from brainldm.diffusion.solvers import SAMPLERS
 from brainldm.generate.dataset import image_name, write_description, write_image
 from brainldm.generate.plan import PlanRow, read_plan, write_plan
 from brainldm.model.folder import UNET_NAME
@@ -64,6 +65,7 @@ def generate(
     is not finite or empty is drawn again from the row's next stream, up to three times; rows that stay so are listed in
     failures.tsv and PartialFailure is raised after all others are done.
     """
+    _check_settings(model, settings)
     with locked_folder(out):
         facts = _facts(model, settings, len(rows))
         _record_or_compare(out, facts, rows)
@@ -96,6 +98,22 @@ def generate(
     return GenerateSummary(out, len(missing) - len(failed), len(proven), redrawn)
 
 
+def _check_settings(model: LatentDiffusion, settings: GenerateSettings) -> None:
+    """UsageError for a sampler, a number of steps or a batch that cannot be, before anything is written."""
+    if settings.sampler not in SAMPLERS:
+        raise UsageError(f"no sampler is named {settings.sampler!r}.", remedy=f"Choose one of: {', '.join(SAMPLERS)}.")
+    if settings.batch < 1:
+        raise UsageError(f"a batch of {settings.batch} was asked for.", remedy="Ask for at least 1.")
+    try:
+        SAMPLERS[settings.sampler].timesteps(model.description.schedule.build(), _steps(settings))
+    except ValueError as error:
+        raise UsageError(f"{error}.", remedy="Leave --steps out for the sampler's own number.") from error
+
+
+def _steps(settings: GenerateSettings) -> int:
+    return SAMPLERS[settings.sampler].default_steps if settings.steps is None else settings.steps
+
+
 def _facts(model: LatentDiffusion, settings: GenerateSettings, n: int) -> dict[str, Any]:
     description = model.description
     return {
@@ -114,7 +132,7 @@ def _facts(model: LatentDiffusion, settings: GenerateSettings, n: int) -> dict[s
         "n": n,
         "seed": settings.seed,
         "sampler": settings.sampler,
-        "steps": settings.steps,
+        "steps": _steps(settings),
         "batch": settings.batch,
         "precision": settings.precision,
         "device": model.device.type,

@@ -105,7 +105,11 @@ class LatentDiffusion:
 
         solve = SAMPLERS[sampler]
         latent_BCXYZ = solve.run(
-            denoise, step_noise, self.description.schedule.build(), steps or solve.default_steps, progress.advance
+            denoise,
+            step_noise,
+            self.description.schedule.build(),
+            solve.default_steps if steps is None else steps,
+            progress.advance,
         )
         image_BCXYZ = self.decode(latent_BCXYZ, precision)
         return image_BCXYZ[:, 0].float().cpu().numpy()

@@ -15,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from brainldm.nets.blocks import (
     Convolution,
+    activated,
+    at_full_precision,
+    check_at_least_one,
     check_divisible,
     check_widths,
     double_by_nearest,
@@ -44,14 +47,24 @@ class AutoencoderConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))
-        check_widths(self.channels, self.norm_groups)
-        if min(self.fold, self.res_blocks, self.latent_channels) < 1:
-            raise ValueError("fold, res_blocks and latent_channels must be at least 1")
+        check_widths(self.channels, self.norm_groups, self.norm_eps)
+        check_at_least_one(
+            in_channels=self.in_channels,
+            latent_channels=self.latent_channels,
+            res_blocks=self.res_blocks,
+            fold=self.fold,
+        )
 
     @property
     def downsampling(self) -> int:
         """Voxels along an image's edge for one of the latent."""
         return int(self.fold * 2 ** (len(self.channels) - 1))
+
+    def latent_shape_CXYZ(self, grid_XYZ: tuple[int, ...]) -> tuple[int, int, int, int]:
+        """The latent of an image on that grid; ValueError for a grid that does not divide by `downsampling`."""
+        check_divisible(tuple(grid_XYZ), self.downsampling, "the image grid")
+        x, y, z = (n // self.downsampling for n in grid_XYZ)
+        return self.latent_channels, x, y, z
 
 
 @dataclass(frozen=True)
@@ -84,8 +97,8 @@ class ResidualBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if same else Convolution(in_channels, out_channels, kernel=1)
 
     def forward(self, x_BCXYZ: torch.Tensor) -> torch.Tensor:
-        h_BCXYZ = self.conv1(F.silu(self.norm1(x_BCXYZ)))
-        h_BCXYZ = self.conv2(F.silu(self.norm2(h_BCXYZ)))
+        h_BCXYZ = self.conv1(activated(self.norm1, x_BCXYZ))
+        h_BCXYZ = self.conv2(activated(self.norm2, h_BCXYZ))
         return self.nin_shortcut(x_BCXYZ) + h_BCXYZ
 
 
@@ -112,7 +125,10 @@ class Upsample(nn.Module):
 
 
 class _Chain(nn.Module):
-    """Blocks one after the other; with `checkpointing`, activations are computed again in the backward pass."""
+    """Blocks one after the other, the last in full precision.
+
+    With `checkpointing`, activations are computed again in the backward pass instead of being kept.
+    """
 
     def __init__(self, blocks: list[nn.Module], *, checkpointing: bool) -> None:
         super().__init__()
@@ -120,12 +136,13 @@ class _Chain(nn.Module):
         self.checkpointing = checkpointing
 
     def forward(self, x_BCXYZ: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             if self.checkpointing and torch.is_grad_enabled():
-                x_BCXYZ = checkpoint(block, x_BCXYZ, use_reentrant=False)
+                x_BCXYZ = checkpoint(block, x_BCXYZ, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BCXYZ = block(x_BCXYZ)
-        return x_BCXYZ
+        return at_full_precision(last, x_BCXYZ)
 
 
 def _encoder_blocks(config: AutoencoderConfig) -> list[nn.Module]:
@@ -170,17 +187,17 @@ class Autoencoder(nn.Module):
 
     def encode(self, image_BCXYZ: torch.Tensor) -> LatentDistribution:
         """The latent's distribution, float32. ValueError for a grid that does not divide."""
-        check_divisible(tuple(image_BCXYZ.shape[2:]), self.config.downsampling, "the image grid")
+        self.config.latent_shape_CXYZ(tuple(image_BCXYZ.shape[2:]))
         h_BCXYZ = self.encoder(_channels_last(fold(image_BCXYZ, self.config.fold)))
-        mean = self.quant_conv_mu(h_BCXYZ).float()
+        mean = at_full_precision(self.quant_conv_mu, h_BCXYZ).float()
         # The paper's code names this log sigma and uses it as the logarithm of the variance.
-        log_variance = self.quant_conv_log_sigma(h_BCXYZ).float().clamp(*LOG_VARIANCE_RANGE)
-        return LatentDistribution(mean, log_variance)
+        log_variance = at_full_precision(self.quant_conv_log_sigma, h_BCXYZ).float()
+        return LatentDistribution(mean, log_variance.clamp(*LOG_VARIANCE_RANGE))
 
     def decode(self, latent_BCXYZ: torch.Tensor) -> torch.Tensor:
         """The image of a latent. No activation at the end: values lie near 0..1 by training, not by force."""
-        h_BCXYZ = self.decoder(self.post_quant_conv(_channels_last(latent_BCXYZ)))
-        return unfold(h_BCXYZ, self.config.fold)
+        h_BCXYZ = at_full_precision(self.post_quant_conv, _channels_last(latent_BCXYZ))
+        return unfold(self.decoder(h_BCXYZ), self.config.fold)
 
 
 def _channels_last(x_BCXYZ: torch.Tensor) -> torch.Tensor:

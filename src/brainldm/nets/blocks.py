@@ -23,6 +23,22 @@ class Convolution(nn.Module):
         return self.conv(x_BCXYZ)
 
 
+def activated(norm: nn.Module, x_BCXYZ: torch.Tensor) -> torch.Tensor:
+    """SiLU of the normalised map, in place where nothing has to be kept for a backward pass: at full resolution a
+    feature map is gigabytes."""
+    return F.silu(norm(x_BCXYZ), inplace=not torch.is_grad_enabled())
+
+
+def at_full_precision(convolution: nn.Module, x_BCXYZ: torch.Tensor) -> torch.Tensor:
+    """The convolution in the precision of its weights, whatever the autocast around it.
+
+    For the last one of a network: it costs little, and bfloat16 would leave an image 128 grey values between 0.5 and 1.
+    """
+    weights = next(convolution.parameters())
+    with torch.autocast(x_BCXYZ.device.type, enabled=False):
+        return convolution(x_BCXYZ.to(weights.dtype))
+
+
 def zeroed(module: nn.Module) -> nn.Module:
     """The module with all weights 0, so that the branch it ends adds nothing at the start of training."""
     for parameter in module.parameters():
@@ -31,8 +47,16 @@ def zeroed(module: nn.Module) -> nn.Module:
 
 
 def halve_by_mean(x_BCXYZ: torch.Tensor) -> torch.Tensor:
-    """Means over 2 x 2 x 2 voxels. In float32, because torch has no bfloat16 kernel for it on a CPU."""
-    return F.avg_pool3d(x_BCXYZ.float(), 2).to(x_BCXYZ.dtype)
+    """Means over 2 x 2 x 2 voxels, summed in at least float32.
+
+    Sums of slices instead of `avg_pool3d`, which on a CPU has no bfloat16 kernel, loses the channels-last layout and
+    takes ten times as long.
+    """
+    sums = x_BCXYZ.float() if x_BCXYZ.dtype in (torch.bfloat16, torch.float16) else x_BCXYZ
+    sums = sums[:, :, 0::2] + sums[:, :, 1::2]
+    sums = sums[:, :, :, 0::2] + sums[:, :, :, 1::2]
+    sums = sums[:, :, :, :, 0::2] + sums[:, :, :, :, 1::2]
+    return (0.125 * sums).to(x_BCXYZ.dtype)
 
 
 def double_by_nearest(x_BCXYZ: torch.Tensor) -> torch.Tensor:
@@ -60,19 +84,33 @@ def unfold(x_BCXYZ: torch.Tensor, factor: int) -> torch.Tensor:
     return split.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, c // f**3, x * f, y * f, z * f)
 
 
-def check_widths(channels: tuple[int, ...], norm_groups: int) -> None:
+def check_widths(channels: tuple[int, ...], norm_groups: int, norm_eps: float) -> None:
     """ValueError for widths that group normalisation cannot divide."""
+    if norm_groups < 1 or not norm_eps > 0:
+        raise ValueError(f"norm_groups is {norm_groups} and norm_eps {norm_eps}: they must be at least 1 and above 0")
+    if not channels:
+        raise ValueError("channels is empty: give one width for each level, at least one")
     for width in channels:
         if width < 1 or width % norm_groups:
-            raise ValueError(
-                f"{width} channels cannot be normalised in {norm_groups} groups: every width must be a multiple of it"
-            )
+            fix = f"use widths such as {norm_groups} or {2 * norm_groups}, or other norm_groups"
+            raise ValueError(f"{width} channels are not a positive multiple of norm_groups, {norm_groups}: {fix}")
+
+
+def check_at_least_one(**counts: int) -> None:
+    """ValueError naming the count that is below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} is {count}: it must be at least 1")
 
 
 def check_divisible(shape_XYZ: tuple[int, ...], factor: int, what: str) -> None:
     """ValueError for a grid that cannot be halved as often as a network does."""
-    if any(n % factor for n in shape_XYZ):
-        raise ValueError(f"{what} {tuple(shape_XYZ)} must be divisible by {factor} along every axis")
+    if len(shape_XYZ) != 3 or any(n < 1 or n % factor for n in shape_XYZ):
+        padded = tuple(max(factor, -(-n // factor) * factor) for n in shape_XYZ)
+        raise ValueError(
+            f"{what} is {tuple(shape_XYZ)}: it must be divisible by {factor} along each of three axes; "
+            f"pad it to {padded}, or use a network with fewer levels"
+        )
 
 
 class Attention(nn.Module):
@@ -90,7 +128,8 @@ class Attention(nn.Module):
     def forward(self, x_BNF: torch.Tensor, context_BNF: torch.Tensor | None = None) -> torch.Tensor:
         source = x_BNF if context_BNF is None else context_BNF
         if source.shape[1] == 1:
-            # A softmax over one token is 1: queries and keys have no say, and one row serves all tokens.
+            # A softmax over one token is 1: queries and keys have no say (nor a gradient), and one row serves all
+            # tokens. They stay for the sake of contexts of more tokens and of published weights.
             return self.out_proj(self.to_v(source)).expand(-1, x_BNF.shape[1], -1)
         q, k, v = (self._split(t) for t in (self.to_q(x_BNF), self.to_k(source), self.to_v(source)))
         mixed = F.scaled_dot_product_attention(q, k, v)

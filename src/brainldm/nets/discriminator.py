@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from brainldm.nets.blocks import check_at_least_one
+
 
 def patch_discriminator(channels: int, layers: int) -> nn.Module:
     """MONAI's 3-D PatchGAN discriminator; its output is a list whose last entry (B, 1, x, y, z) judges patches."""
+    check_at_least_one(channels=channels, layers=layers)
     from monai.networks.nets import PatchDiscriminator  # takes seconds to import
 
     return PatchDiscriminator(spatial_dims=3, channels=channels, in_channels=1, out_channels=1, num_layers_d=layers)

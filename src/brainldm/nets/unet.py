@@ -18,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from brainldm.nets.blocks import (
     Convolution,
     SpatialTransformer,
+    activated,
+    at_full_precision,
+    check_at_least_one,
     check_divisible,
     check_widths,
     double_by_nearest,
@@ -50,18 +53,36 @@ class UNetConfig:
         for name in ("channels", "attention", "head_channels"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not len(self.channels) == len(self.attention) == len(self.head_channels):
-            raise ValueError("channels, attention and head_channels need one entry for each level")
-        if self.res_blocks < 1:
-            raise ValueError(f"res_blocks is {self.res_blocks}; it must be at least 1")
-        check_widths(self.channels, self.norm_groups)
-        for width, attends, head in zip(self.channels, self.attention, self.head_channels):
-            if attends and (head < 1 or width % head):
-                raise ValueError(f"{width} channels cannot be divided into attention heads of {head}")
+            raise ValueError(
+                f"channels {self.channels}, attention {self.attention} and head_channels {self.head_channels} "
+                "differ in length: give each one entry a level"
+            )
+        check_widths(self.channels, self.norm_groups, self.norm_eps)
+        check_at_least_one(
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            res_blocks=self.res_blocks,
+            context_features=self.context_features,
+        )
+        for level, (width, head) in enumerate(zip(self.channels, self.head_channels)):
+            if self.attends(level) and (head < 1 or width % head):
+                raise ValueError(
+                    f"{width} channels cannot be divided into attention heads of {head}: "
+                    f"use a divisor of {width} in head_channels, {width} itself for a single head"
+                )
 
     @property
     def downsampling(self) -> int:
         """What the sides of a latent must be divisible by."""
         return int(2 ** (len(self.channels) - 1))
+
+    def attends(self, level: int) -> bool:
+        """Whether a head width is needed there: where `attention` is on, and in the middle, which always attends."""
+        return self.attention[level] or level == len(self.channels) - 1
+
+    def check_latent(self, shape_XYZ: tuple[int, ...]) -> None:
+        """ValueError for a latent whose sides do not divide by `downsampling`: its skips would not fit."""
+        check_divisible(tuple(shape_XYZ), self.downsampling, "the latent grid")
 
 
 def with_covariates(
@@ -75,8 +96,9 @@ def with_covariates(
 def timestep_embedding(timesteps_B: torch.Tensor, features: int) -> torch.Tensor:
     """Cosines, then sines, of the timestep at `features / 2` geometric frequencies (Ho et al. 2020)."""
     half = features // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=timesteps_B.device) / half
-    angles_BF = timesteps_B.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)[None]
+    # The order of operations is that of the published weights: at t = 999 a rounding of the frequency is seen.
+    exponents = -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=timesteps_B.device)
+    angles_BF = timesteps_B.float()[:, None] * torch.exp(exponents / half)[None]
     embedding = torch.cat([angles_BF.cos(), angles_BF.sin()], dim=1)
     return F.pad(embedding, (0, features % 2))
 
@@ -103,11 +125,11 @@ class ResidualBlock(nn.Module):
         self.skip_connection = nn.Identity() if same else Convolution(in_channels, out_channels, kernel=1)
 
     def forward(self, x_BCXYZ: torch.Tensor, time_BF: torch.Tensor) -> torch.Tensor:
-        h_BCXYZ = F.silu(self.norm1(x_BCXYZ))
+        h_BCXYZ = activated(self.norm1, x_BCXYZ)
         if self.resample is not None:
             x_BCXYZ, h_BCXYZ = self.resample(x_BCXYZ), self.resample(h_BCXYZ)
         h_BCXYZ = self.conv1(h_BCXYZ) + self.time_emb_proj(F.silu(time_BF))[:, :, None, None, None]
-        h_BCXYZ = self.conv2(F.silu(self.norm2(h_BCXYZ)))
+        h_BCXYZ = self.conv2(activated(self.norm2, h_BCXYZ))
         return self.skip_connection(x_BCXYZ) + h_BCXYZ
 
 
@@ -187,7 +209,7 @@ class DiffusionUNet(nn.Module):
             self.down_blocks.append(down)
             before = width
 
-        self.middle_block = _Middle(widths[-1], config.head_channels[-1] or widths[-1], time, config)
+        self.middle_block = _Middle(widths[-1], config.head_channels[-1], time, config)
 
         self.up_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
@@ -208,7 +230,7 @@ class DiffusionUNet(nn.Module):
 
         Timesteps may be fractional. ValueError for a grid that cannot be halved once a level.
         """
-        check_divisible(tuple(x_BCXYZ.shape[2:]), self.config.downsampling, "the latent grid")
+        self.config.check_latent(tuple(x_BCXYZ.shape[2:]))
         time_BF = self.time_embed(timestep_embedding(timesteps_B, self.config.channels[0]).to(x_BCXYZ.dtype))
         h = self.conv_in(x_BCXYZ.contiguous(memory_format=torch.channels_last_3d))
         handed = [h]
@@ -226,9 +248,10 @@ class DiffusionUNet(nn.Module):
                 h = self._run(level.block, number, joined, time_BF, context_BNF)
             if level.resampler is not None:
                 h = self._run(level.resampler, h, time_BF)
-        return self.out(h)
+        norm, _, convolution = self.out
+        return at_full_precision(convolution, activated(norm, h))
 
     def _run(self, block: Callable[..., torch.Tensor], *inputs: object) -> torch.Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return block(*inputs)

@@ -37,6 +37,7 @@ from brainldm.model.precision import choose_device, choose_precision
 from brainldm.nets.autoencoder import Autoencoder
 from brainldm.train import perceptual
 from brainldm.train.autoencoder_stage import AutoencoderStage
+from brainldm.train.checkpoint import load_newest
 from brainldm.train.config import STAGES, Recipe
 from brainldm.train.diffusion_stage import DiffusionStage, unet_config
 from brainldm.train.latents import Latents, encode_cohort
@@ -192,8 +193,6 @@ class _Run:
                 path=self.out,
             )
         stage = self._autoencoder_stage()
-        from brainldm.train.checkpoint import load_newest
-
         checkpoint = load_newest(self.out / "autoencoder" / "checkpoints", warn=lambda _: None)
         assert checkpoint is not None, "a stage with a summary has a checkpoint"
         stage.restore(checkpoint.tensors)

@@ -1,0 +1,69 @@
+"""What the network learns to predict, and that one prediction can be turned into the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from brainldm.diffusion.schedule import scaled_linear
+from brainldm.diffusion.target import (
+    TARGETS,
+    add_noise,
+    eps_from_v,
+    eps_from_x0,
+    training_pair,
+    v_from_eps,
+    x0_from_eps,
+    x0_from_v,
+)
+
+SCHEDULE = scaled_linear()
+TIMES = torch.tensor([0, 20, 500, 999])
+
+
+def draw(seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((4, 3, 2, 3, 4), generator=generator, dtype=torch.float64)
+
+
+def test_noise_is_added_by_each_row_s_timestep() -> None:
+    x0, eps = draw(0), draw(1)
+    x = add_noise(x0, eps, TIMES, SCHEDULE)
+    for row, t in enumerate(TIMES.tolist()):
+        alpha_bar = SCHEDULE.alpha_bars[t]
+        torch.testing.assert_close(x[row], alpha_bar**0.5 * x0[row] + (1 - alpha_bar) ** 0.5 * eps[row])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_answer_leads_back_to_noise_and_image(target: str) -> None:
+    x0, eps = draw(0), draw(1)
+    x, answer = training_pair(target, x0, eps, TIMES, SCHEDULE)
+    torch.testing.assert_close(x, add_noise(x0, eps, TIMES, SCHEDULE))
+    if target == "eps":
+        torch.testing.assert_close(answer, eps)
+        torch.testing.assert_close(x0_from_eps(answer, x, TIMES, SCHEDULE), x0)
+    else:
+        torch.testing.assert_close(eps_from_v(answer, x, TIMES, SCHEDULE), eps)
+        torch.testing.assert_close(x0_from_v(answer, x, TIMES, SCHEDULE), x0)
+
+
+def test_conversions_round_trip() -> None:
+    x, v = draw(0), draw(1)
+    eps, x0 = eps_from_v(v, x, TIMES, SCHEDULE), x0_from_v(v, x, TIMES, SCHEDULE)
+    torch.testing.assert_close(v_from_eps(eps, x, TIMES, SCHEDULE), v)
+    torch.testing.assert_close(x0_from_eps(eps, x, TIMES, SCHEDULE), x0)
+    torch.testing.assert_close(eps_from_x0(x0, x, TIMES, SCHEDULE), eps)
+
+
+def test_v_is_an_image_where_all_is_noise_and_noise_where_all_is_image() -> None:
+    """The angle view (Salimans & Ho 2022): (x, v) is (x_0, eps) turned by arctan(n / s)."""
+    x0, eps = draw(0), draw(1)
+    x, v = training_pair("v", x0, eps, TIMES, SCHEDULE)
+    torch.testing.assert_close(x**2 + v**2, x0**2 + eps**2)
+    torch.testing.assert_close(v[3], -x0[3], atol=0.05, rtol=0)  # t = 999
+    torch.testing.assert_close(v[0], eps[0], atol=0.2, rtol=0)  # t = 0
+
+
+def test_an_unknown_target_is_refused() -> None:
+    with pytest.raises(ValueError, match="no target is named 'flow'; known: eps, v"):
+        training_pair("flow", draw(0), draw(1), TIMES, SCHEDULE)
