@@ -29,37 +29,11 @@ def test_the_autoencoder_has_the_published_names_and_shapes() -> None:
 
 
 def test_the_unet_has_the_published_names_and_shapes() -> None:
-    from monai.networks.nets import DiffusionModelUNet
-
     with torch.device("meta"):
-        ours = DiffusionUNet(UNetConfig())
-        theirs = DiffusionModelUNet(
-            spatial_dims=3,
-            in_channels=7,
-            out_channels=3,
-            channels=(256, 512, 768),
-            num_res_blocks=2,
-            attention_levels=(False, True, True),
-            norm_num_groups=32,
-            norm_eps=1e-6,
-            resblock_updown=True,
-            num_head_channels=(0, 512, 768),
-            with_conditioning=True,
-            transformer_num_layers=1,
-            cross_attention_dim=4,
-            upcast_attention=True,
-        )
+        ours, theirs = DiffusionUNet(UNetConfig()), monai_unet(UNetConfig())
     assert shapes(ours) == shapes(theirs)
     assert len(shapes(ours)) == 528
     assert parameters(ours) == 553_168_899
-
-
-def test_the_reduced_networks_of_the_parity_tests_are_the_published_design() -> None:
-    """`monai_unet` differs from the bundle's configuration in widths alone."""
-    with torch.device("meta"):
-        unet = DiffusionUNet(UNetConfig())
-    small = DiffusionUNet(UNetConfig(channels=(8, 16, 24), head_channels=(0, 16, 24), norm_groups=4))
-    assert set(shapes(unet)) == set(shapes(small)) == set(shapes(monai_unet(small.config)))
 
 
 @pytest.mark.slow

@@ -38,26 +38,24 @@ def build(config: UNetConfig = SMALL, **options: bool) -> DiffusionUNet:
 
 
 def monai_unet(config: UNetConfig) -> torch.nn.Module:
-    """MONAI's, at the same widths, its zeros filled."""
+    """MONAI's, at the same widths, as MONAI initialises it."""
     from monai.networks.nets import DiffusionModelUNet
 
     torch.manual_seed(1)
-    return wake(
-        DiffusionModelUNet(
-            spatial_dims=3,
-            in_channels=config.in_channels,
-            out_channels=config.out_channels,
-            channels=config.channels,
-            num_res_blocks=config.res_blocks,
-            attention_levels=config.attention,
-            norm_num_groups=config.norm_groups,
-            norm_eps=config.norm_eps,
-            resblock_updown=True,
-            num_head_channels=config.head_channels,
-            with_conditioning=True,
-            cross_attention_dim=config.context_features,
-            upcast_attention=True,
-        )
+    return DiffusionModelUNet(
+        spatial_dims=3,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        channels=config.channels,
+        num_res_blocks=config.res_blocks,
+        attention_levels=config.attention,
+        norm_num_groups=config.norm_groups,
+        norm_eps=config.norm_eps,
+        resblock_updown=True,
+        num_head_channels=config.head_channels,
+        with_conditioning=True,
+        cross_attention_dim=config.context_features,
+        upcast_attention=True,
     )
 
 
@@ -77,7 +75,7 @@ def inputs(shape_XYZ: tuple[int, int, int], tokens: int = 1) -> tuple[torch.Tens
     ],
 )
 def test_same_as_monai_with_the_same_weights(config: UNetConfig, shape: tuple[int, int, int], tokens: int) -> None:
-    theirs, ours = monai_unet(config), build(config)
+    theirs, ours = wake(monai_unet(config)), build(config)
     ours.load_state_dict(theirs.state_dict())  # strict: the names are the same
     given = inputs(shape, tokens)
     expected = theirs(*given)
@@ -123,8 +121,16 @@ def test_rows_do_not_see_each_other() -> None:
         torch.testing.assert_close(alone, together[row : row + 1], atol=1e-5, rtol=1e-5)
 
 
-def test_a_new_unet_is_the_function_zero() -> None:
-    assert not DiffusionUNet(SMALL)(*inputs((8, 4, 4))).any()
+def test_a_new_unet_is_the_function_zero_and_starts_at_zero_where_monai_s_does() -> None:
+    ours = DiffusionUNet(SMALL)
+    assert not ours(*inputs((8, 4, 4))).any()
+
+    def zeros(network: torch.nn.Module) -> set[str]:
+        norms = {name for name, module in network.named_modules() if "Norm" in type(module).__name__}
+        return {name for name, p in network.named_parameters() if not p.any() and name.rpartition(".")[0] not in norms}
+
+    assert zeros(ours) == zeros(monai_unet(SMALL))
+    assert "middle_block.resnet_1.conv2.conv.weight" in zeros(ours)
 
 
 @pytest.mark.parametrize("shape", [(10, 14, 10), (8, 8, 6)])

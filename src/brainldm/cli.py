@@ -38,7 +38,7 @@ def demo(
     *,
     people: Annotated[int, Parameter(help="Phantom people to make and train on.")] = 64,
     seed: int = 0,
-    minutes: Annotated[float, Parameter(help="Longest time for both trainings together.")] = 8.0,
+    minutes: Annotated[float, Parameter(help="Longest time for both trainings together.")] = 6.5,
     workers: Workers = 2,
 ) -> None:
     """The whole way on a made-up population: phantoms, both trainings, 16 brains, their evaluation, a page to look at.

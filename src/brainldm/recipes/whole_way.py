@@ -46,7 +46,7 @@ def run_demo(
     *,
     people: int = 64,
     seed: int = 0,
-    minutes: float = 8.0,
+    minutes: float = 6.5,
     workers: int = 2,
     progress: Progress = Quiet(),  # noqa: B008  # stateless
     say: Callable[[str], None] = lambda _: None,
