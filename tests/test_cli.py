@@ -1,0 +1,118 @@
+"""The command line: help at once, exit codes by rule, no traceback unless asked for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+COMMAND = [sys.executable, "-c", "from brainldm.cli import main; main()"]
+
+
+def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(  # type: ignore[call-overload, no-any-return]
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False, **options
+    )
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """The best of three, because machines are noisy; torch alone would take a second."""
+    seconds = []
+    for _ in range(3):
+        begun = time.monotonic()
+        shown = run("--help")
+        seconds.append(time.monotonic() - begun)
+    assert shown.returncode == 0
+    for verb in ("demo", "phantom", "prepare", "train", "generate", "evaluate", "report", "info", "doctor"):
+        assert verb in shown.stdout
+    assert min(seconds) < 0.9
+    heavy = "import sys; import brainldm.cli; print([m for m in ('torch', 'numpy', 'nibabel') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["generat"], 2, "generate"),
+        (["generate"], 2, "MODEL"),
+        (["train", "huge", "--data", "x", "--out", "y"], 2, "no recipe is named 'huge'"),
+        (["generate", "{tmp}/nowhere", "{tmp}/out"], 3, "no such model folder"),
+        (["prepare", "{tmp}/nowhere", "{tmp}/out"], 3, "nowhere"),
+        (["train", "demo", "--data", "{tmp}", "--out", "{tmp}/out"], 3, "no prepared cohort"),
+        (["info", "{tmp}"], 3, "nothing that brainldm makes or reads"),
+        (["report", "{tmp}/nowhere"], 3, "nowhere"),
+        (["phantom", "{tmp}/out", "--grid", "3mm"], 2, "no grid is named '3mm'"),
+    ],
+)
+def test_what_goes_wrong_is_said_and_has_its_code(arguments: list[str], code: int, told: str, tmp_path: Path) -> None:
+    result = run(*(argument.format(tmp=tmp_path) for argument in arguments))
+    assert result.returncode == code, result.stderr
+    assert told in result.stderr + result.stdout
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    assert "Traceback" in run("info", tmp_path / "nowhere", "--debug").stderr
+
+
+def test_generate_and_describe(tiny_run: Path, tmp_path: Path) -> None:
+    """Through the command line: a plan shown, brains made, the folder described, the same again, another refused."""
+    command = ["generate", tiny_run, tmp_path / "out", "--n", 2, "--sex", "F:M", "--steps", 2]
+    planned = run(*command, "--dry-run")
+    assert planned.returncode == 0
+    assert planned.stdout.count("sub-") == 2
+    assert not (tmp_path / "out").exists()
+    made = run(*command)
+    assert made.returncode == 0, made.stderr
+    facts = json.loads(run("info", tmp_path / "out", "--json").stdout)
+    assert (facts["kind"], facts["done"], facts["missing"]) == ("synthetic dataset", 2, 0)
+    assert "0 brains made, 2 were there" in run(*command).stdout
+    assert run(*command, "--seed", 9).returncode == 2
+    assert json.loads(run("info", tiny_run / "model", "--json").stdout)["weights"]["unet.safetensors"] == "whole"
+
+
+def test_volumes_need_a_unit_and_a_plan_stands_alone(tiny_run: Path, tmp_path: Path) -> None:
+    unitless = run("generate", tiny_run, tmp_path / "out", "--ventricles", "40")
+    assert unitless.returncode == 2
+    assert "40ml or 40mm3" in unitless.stderr
+    both = run("generate", tiny_run, tmp_path / "out", "--plan", "plan.tsv", "--age", "70")
+    assert both.returncode == 2
+    assert "--plan fixes every row" in both.stderr
+
+
+def test_ctrl_c_exits_130_and_the_same_command_goes_on(tiny_run: Path, tmp_path: Path) -> None:
+    command = ["generate", tiny_run, tmp_path / "out", "--n", 40, "--steps", 40, "--batch", 2]
+    process = subprocess.Popen([*COMMAND, *map(str, command)], stderr=subprocess.PIPE, text=True)
+    manifest = tmp_path / "out" / "manifest.jsonl"
+    deadline = time.monotonic() + 60
+    while not manifest.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    finished = run(*command)
+    assert finished.returncode == 0, finished.stderr
+    assert len(list((tmp_path / "out").glob("sub-*/anat/*.nii.gz"))) == 40
+
+
+def test_a_damaged_model_is_refused_before_anything_is_written(tiny_run: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_run / "model", tmp_path / "model"))
+    (model / "unet.safetensors").write_bytes(b"\0" * 100)
+    result = run("generate", model, tmp_path / "out", "--n", 1)
+    assert result.returncode == 3
+    assert "SHA-256" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_is_plain_where_nobody_looks(tiny_run: Path, tmp_path: Path) -> None:
+    result = run("generate", tiny_run, tmp_path / "out", "--n", 1, "--steps", 1)
+    assert "\x1b" not in result.stdout + result.stderr
+    assert "generating brains: 1 of 1" in result.stderr
