@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from brainldm.nets.autoencoder import AutoencoderConfig
 
 from brainldm.base.files import write_json
 from brainldm.base.manifest import Manifest
@@ -17,6 +16,7 @@ from brainldm.base.streams import stream
 from brainldm.base.tables import write_table
 from brainldm.base.volume import Grid
 from brainldm.cohort.dataset import FORMAT, KIND, grid_to_json
+from brainldm.nets.autoencoder import AutoencoderConfig
 from brainldm.train.config import AutoencoderStageConfig, DiffusionStageConfig, Recipe
 from brainldm.train.run import train
 
