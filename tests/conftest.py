@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from brainldm.cohort.dataset import FORMAT, KIND, grid_to_json
 from brainldm.nets.autoencoder import AutoencoderConfig
 from brainldm.train.config import AutoencoderStageConfig, DiffusionStageConfig, Recipe
 from brainldm.train.run import train
+
+# A shell's background jobs ignore Ctrl-C and hand that down; tests that interrupt a command need it heard.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
