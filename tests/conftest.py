@@ -16,7 +16,7 @@ from brainldm.base.nifti import write_nifti
 from brainldm.base.streams import stream
 from brainldm.base.tables import write_table
 from brainldm.base.volume import Grid
-from brainldm.cohort.dataset import FORMAT, KIND, grid_to_json
+from brainldm.cohort.dataset import FORMAT, KIND
 from brainldm.nets.autoencoder import AutoencoderConfig
 from brainldm.train.config import AutoencoderStageConfig, DiffusionStageConfig, Recipe
 from brainldm.train.run import train
@@ -79,7 +79,7 @@ def write_tiny_cohort(folder: Path, people: int) -> None:
             "format": FORMAT,
             "finished": True,
             "name": "tiny",
-            "grid": grid_to_json(grid),
+            "grid": grid.to_json(),
             "preprocessing": {"skull_stripped": True},
             "config": {},
             "licence": "CC0-1.0",

@@ -22,7 +22,6 @@ from brainldm.cohort.dataset import (
     check_trainable,
     data_order,
     grid_from_json,
-    grid_to_json,
 )
 from brainldm.cohort.normalise import background_at_zero, is_masked, unit_range
 
@@ -59,7 +58,7 @@ def write_cohort(folder: Path, people: int = 6) -> Path:
             "format": FORMAT,
             "name": "somebody",
             "licence": "CC0",
-            "grid": grid_to_json(GRID),
+            "grid": GRID.to_json(),
             "preprocessing": {"skull_stripped": True},
             "config": {},
             "finished": True,
@@ -185,7 +184,7 @@ def edited(cohort: Path, old: str, new: str) -> None:
 
 
 def test_grids_survive_json() -> None:
-    assert grid_from_json(grid_to_json(GRID)) == GRID
+    assert grid_from_json(GRID.to_json()) == GRID
 
 
 def test_the_order_of_data_is_two_numbers() -> None:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 
-from brainldm.diffusion.schedule import all_timesteps, leading_timesteps, original_timesteps, scaled_linear
+from brainldm.diffusion.schedule import (
+    all_timesteps,
+    blended_timesteps,
+    leading_timesteps,
+    original_timesteps,
+    scaled_linear,
+)
 
 
 def test_the_paper_s_schedule() -> None:
@@ -77,3 +85,13 @@ def test_numbers_of_steps_that_do_not_fit_are_refused(choose, steps: int) -> Non
 def test_a_schedule_that_is_none_is_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match="must rise between 0 and 1"):
         scaled_linear(**wrong)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 7, 50, 999, 1000])
+def test_blended_timesteps_fall_from_the_noisiest_to_nought(steps: int, share: float) -> None:
+    timesteps = blended_timesteps(scaled_linear(), steps, share)
+    assert len(timesteps) == steps
+    assert timesteps[0] == 999
+    assert steps == 1 or timesteps[-1] == 0
+    assert all(a > b for a, b in pairwise(timesteps))

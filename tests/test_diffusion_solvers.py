@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from brainldm.diffusion.schedule import Schedule, leading_timesteps, original_timesteps, scaled_linear
-from brainldm.diffusion.solvers import SAMPLERS, ddim, ddpm
+from brainldm.diffusion.schedule import Schedule, leading_timesteps, original_timesteps, scaled_linear, snr_timesteps
+from brainldm.diffusion.solvers import SAMPLERS, ddim, ddpm, dpm_solver_pp, heun, unipc
+from brainldm.diffusion.target import eps_from_v, v_from_eps
 
 MEAN, SPREAD = 0.7, 0.4
 SCHEDULE = scaled_linear()
@@ -204,7 +205,7 @@ def test_progress_is_told_of_every_step_and_the_timesteps_are_those_visited(name
 
     sampler.run(denoise, step_noise(1, 2), SCHEDULE, sampler.default_steps, advance)
     assert sum(told) == sampler.default_steps
-    assert visited == sampler.timesteps(SCHEDULE, sampler.default_steps)
+    assert list(dict.fromkeys(visited)) == sampler.timesteps(SCHEDULE, sampler.default_steps)
 
 
 @pytest.mark.parametrize(
@@ -234,3 +235,60 @@ def test_arithmetic_in_float32_is_near_that_in_float64() -> None:
     single = ddim(exact_eps(SCHEDULE), lambda k: start.float(), SCHEDULE, leading_timesteps(SCHEDULE, 50))
     assert single.dtype == torch.float32
     np.testing.assert_allclose(single.double(), exact, atol=1e-4)
+
+
+@pytest.mark.parametrize(("solver", "order"), [(ddim, 1), (dpm_solver_pp, 2), (heun, 2), (unipc, 3)])
+@pytest.mark.parametrize("target", ["eps", "v"])
+def test_each_solver_converges_at_its_order(solver: Callable[..., torch.Tensor], order: int, target: str) -> None:
+    """Doubling the steps divides the error by 2^order. The truth is the flow's clean estimate at the last timestep."""
+    fine = scaled_linear(0.0015 / 40, 0.0205 / 40, 40_000)
+    eps = exact_eps(fine)
+
+    def through_v(x: torch.Tensor, timesteps_B: torch.Tensor) -> torch.Tensor:
+        return eps_from_v(v_from_eps(eps(x, timesteps_B), x, timesteps_B, fine), x, timesteps_B, fine)
+
+    start = step_noise(4, 50)
+    alpha_bar = fine.alpha_bars[-1]
+    standard = (start(0) - alpha_bar**0.5 * MEAN) / (alpha_bar * SPREAD**2 + 1 - alpha_bar) ** 0.5
+    signal, noise = fine.alpha_bars[0] ** 0.5, (1 - fine.alpha_bars[0]) ** 0.5
+    spread = (signal**2 * SPREAD**2 + noise**2) ** 0.5
+    true = MEAN + signal * SPREAD**2 / spread * standard
+    errors = []
+    for steps in (20, 40, 80):
+        found = solver(eps if target == "eps" else through_v, start, fine, snr_timesteps(fine, steps))
+        errors.append((found - true).abs().max().item())
+    rates = [coarse / finer for coarse, finer in pairwise(errors)]
+    assert all(0.8 * 2**order < rate < 1.35 * 2**order for rate in rates), rates
+
+
+@pytest.mark.parametrize(("name", "calls_a_step"), [("ddim", 1), ("dpm++", 1), ("unipc", 1), ("heun", 2)])
+def test_what_a_step_costs(name: str, calls_a_step: int) -> None:
+    calls = 0
+
+    def counted(x: torch.Tensor, timesteps_B: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return exact_eps(SCHEDULE)(x, timesteps_B)
+
+    advanced: list[int] = []
+    SAMPLERS[name].run(counted, step_noise(1, 2), SCHEDULE, 12, lambda steps=1, note="": advanced.append(steps))
+    assert calls == (12 if calls_a_step == 1 else 2 * 12 - 1)
+    assert sum(advanced) == 12
+
+
+@pytest.mark.parametrize("name", ["dpm++", "unipc", "heun"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 1000])
+def test_any_number_of_steps_gives_numbers(name: str, steps: int) -> None:
+    found = SAMPLERS[name].run(exact_eps(SCHEDULE), step_noise(1, 8), SCHEDULE, steps)
+    assert torch.isfinite(found).all()
+
+
+def test_few_steps_come_nearer_to_the_limit_than_ddim_with_fifty() -> None:
+    start = step_noise(4, 50)
+    limit = SAMPLERS["unipc"].run(exact_eps(SCHEDULE), start, SCHEDULE, 400)
+
+    def distance(name: str, steps: int) -> float:
+        return (SAMPLERS[name].run(exact_eps(SCHEDULE), start, SCHEDULE, steps) - limit).abs().max().item()
+
+    assert distance("dpm++", 12) < distance("ddim", 50)
+    assert distance("unipc", 10) < distance("ddim", 50)

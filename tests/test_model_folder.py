@@ -60,7 +60,7 @@ def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
         (lambda c: c["covariates"]["ranges"].pop("age_years"), "age_years"),
         (lambda c: c["covariates"]["ranges"]["ventricles_mm3"].update(units="ml"), "ventricles_mm3"),
         (lambda c: c["grid"].update(shape_XYZ=[8, 8, 8]), "latent shape"),
-        (lambda c: c["autoencoder"].update(channels=[16, 32]), "described as"),
+        (lambda c: c["autoencoder"].update(channels=[16, 32]), "does not fit"),
         (lambda c: c["weights"].pop("unet.safetensors"), "does not list"),
     ],
 )

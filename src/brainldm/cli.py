@@ -16,6 +16,7 @@ from cyclopts import App, CycloptsError, Parameter
 from brainldm import __version__
 
 if TYPE_CHECKING:
+    from brainldm.base.nifti import Dtype
     from brainldm.generate.plan import Sweep
 
 app = App(
@@ -25,6 +26,12 @@ app = App(
     help_format="plaintext",
     version_flags=["--version"],
 )
+
+import_app = App(name="import", help="Weights from elsewhere become a model folder.", help_format="plaintext")
+export_app = App(name="export", help="A model folder becomes weights for elsewhere.", help_format="plaintext")
+fetch_app = App(name="fetch", help="Published weights, downloaded.", help_format="plaintext")
+for part in (import_app, export_app, fetch_app):
+    app.command(part)
 
 Workers = Annotated[int, Parameter(help="Processes that work side by side.")]
 Device = Annotated[str, Parameter(help="auto, cpu or cuda.")]
@@ -185,16 +192,27 @@ def generate(
     ] = None,
     plan: Annotated[Path | None, Parameter(help="A table with a row a brain, instead of the four above.")] = None,
     seed: int = 0,
-    sampler: Annotated[str, Parameter(help="ddim, ddim-original or ddpm.")] = "ddim",
+    sampler: Annotated[
+        str,
+        Parameter(help="unipc, dpm++ or heun (few steps); ddim, ddim-original or ddpm (as published)."),
+    ] = "unipc",
     steps: Annotated[int | None, Parameter(help="Sampling steps, instead of the sampler's own number.")] = None,
-    batch: Annotated[int, Parameter(help="Brains sampled together.")] = 4,
+    batch: Annotated[int | None, Parameter(help="Brains sampled together (default: 4, with --exact 1).")] = None,
     dtype: Annotated[Literal["int16", "uint8", "float32"], Parameter(help="How voxels (0..1) are stored.")] = "int16",
+    as_bundle: Annotated[
+        bool,
+        Parameter(help="150 x 214 x 145 and uint8, as the published bundle writes them; paper grid only.", negative=""),
+    ] = False,
     allow_extrapolation: Annotated[
         bool, Parameter(help="Accept covariates outside the training range, and mark them.", negative="")
     ] = False,
     device: Device = "auto",
     precision: Precision = "auto",
-    dry_run: Annotated[bool, Parameter(help="Print the plan and stop.", negative="")] = False,
+    exact: Annotated[bool, Parameter(help="float32, one at a time: the same bytes every time.", negative="")] = False,
+    max_memory: Annotated[
+        str | None, Parameter(help="Most memory to take, such as 3GB (default: nine tenths of what is free).")
+    ] = None,
+    dry_run: Annotated[bool, Parameter(help="Print the plan, the time and the memory, and stop.", negative="")] = False,
 ) -> None:
     """Brains of the covariates you ask for, as a BIDS derivative dataset.
 
@@ -202,7 +220,7 @@ def generate(
     """
     from brainldm.base.errors import UsageError
     from brainldm.generate.plan import check_ranges, make_plan, read_plan
-    from brainldm.model.folder import load_model, read_description
+    from brainldm.model.folder import read_description
 
     asked = _asked(age, sex, ventricles, brain)
     if plan is not None and (asked or n is not None):
@@ -217,25 +235,33 @@ def generate(
     if dry_run:
         for row in rows:
             _say(f"{row.participant_id} {row.covariates} {' '.join(row.extrapolated)}")
-        return
 
     from brainldm.generate.run import GenerateSettings
     from brainldm.generate.run import generate as run_generation
-    from brainldm.model.precision import choose_device, choose_precision
+    from brainldm.generate.start import start
 
-    where = choose_device(device)
+    if exact and (precision == "bf16" or (batch or 1) > 1):
+        raise UsageError("--exact is float32, one brain at a time.", remedy="Leave --precision and --batch out.")
     settings = GenerateSettings(
         seed=seed,
         sampler=sampler,
         steps=steps,
-        batch=batch,
-        precision=choose_precision(precision, where),
-        dtype={"int16": "int16_unit", "uint8": "uint8_unit", "float32": "float32"}[dtype],  # type: ignore[arg-type]
+        batch=batch or (1 if exact else 4),
+        dtype="uint8_unit" if as_bundle else _DTYPES[dtype],
+        as_bundle=as_bundle,
     )
+    ready = start(
+        model, rows, settings, device=device, precision="fp32" if exact else precision, max_memory=max_memory, say=_say
+    )
+    if dry_run:
+        return
     with _progress() as progress:
-        summary = run_generation(load_model(model, where), out, rows, settings, progress=progress)
+        summary = run_generation(ready.load(), out, rows, settings, progress=progress)
     again = f", {summary.redrawn} of them drawn again" if summary.redrawn else ""
     _say(f"{summary.made} brains made{again}, {summary.were_there} were there; all {len(rows)} are in {out}.")
+
+
+_DTYPES: dict[str, Dtype] = {"int16": "int16_unit", "uint8": "uint8_unit", "float32": "float32"}
 
 
 def _asked(age: str | None, sex: str | None, ventricles: str | None, brain: str | None) -> dict[str, Sweep]:
@@ -265,6 +291,111 @@ def _asked(age: str | None, sex: str | None, ventricles: str | None, brain: str 
                 f"{text!r} is neither a value nor a sweep.", remedy="A sweep is from:to:how-many, such as 15ml:60ml:4."
             )
     return asked
+
+
+@app.command
+def figure(
+    number: Literal["2", "4"],
+    model: Path,
+    out: Path,
+    /,
+    *,
+    seed: int = 0,
+    sampler: Annotated[str, Parameter(help="As of generate.")] = "unipc",
+    steps: Annotated[int | None, Parameter(help="Sampling steps, instead of the sampler's own number.")] = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    max_memory: Annotated[str | None, Parameter(help="Most memory to take, such as 3GB.")] = None,
+) -> None:
+    """A figure of Pinaya et al. 2022 from MODEL: its brains as a dataset in OUT, and OUT/figure.png.
+
+    2: two sweeps of five, of ventricular and of brain volume. 4: the same beyond what training covered.
+    """
+    from brainldm.recipes.figures import make_figure
+
+    with _progress() as progress:
+        picture = make_figure(
+            int(number),
+            model,
+            out,
+            seed=seed,
+            sampler=sampler,
+            steps=steps,
+            device=device,
+            precision=precision,
+            max_memory=max_memory,
+            progress=progress,
+            say=_say,
+        )
+    _say(f"The figure is {picture}.")
+
+
+@app.command
+def samplers(
+    model: Path,
+    out: Path,
+    /,
+    *,
+    n: Annotated[int, Parameter(help="Brains to compare on.")] = 8,
+    seed: int = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+) -> None:
+    """How far each sampler is from 1000 steps, and how long it takes: OUT/samplers.json, samplers.png and a table."""
+    from brainldm.generate.sampler_table import compare_samplers
+
+    with _progress() as progress:
+        table = compare_samplers(model, out, n=n, seed=seed, device=device, precision=precision, progress=progress)
+    _say(table.as_text())
+    _say(f"The table is in {out}.")
+
+
+@import_app.command(name="monai")
+def import_monai(
+    *,
+    autoencoder: Annotated[Path, Parameter(help="The bundle's autoencoder.pt.")],
+    unet: Annotated[Path, Parameter(help="The bundle's model.pt.")],
+    out: Annotated[Path, Parameter(help="The model folder to write.")],
+) -> None:
+    """The published MONAI bundle's two files become a model folder. Old and new key layouts; nothing is executed."""
+    from brainldm.model.bundle import import_monai as run_import
+
+    _say(str(run_import(autoencoder, unet, out)))
+    _say(f"Next: brainldm generate {out} BRAINS --n 4 --age 63 --sex F --ventricles 40ml --brain 1450ml")
+
+
+@export_app.command(name="monai")
+def export_monai(
+    model: Path,
+    out: Path,
+    /,
+    *,
+    layout: Annotated[
+        Literal["old", "new"], Parameter(help="old is the published bundle's, new is MONAI 1.6's.")
+    ] = "old",
+) -> None:
+    """A model folder becomes the two files of the MONAI bundle, every value as it is."""
+    from brainldm.model.bundle import export_monai as run_export
+
+    for path in run_export(model, out, layout):
+        _say(f"Wrote {path}")
+
+
+@fetch_app.command(name="ukb")
+def fetch_ukb(out: Path = Path("ukb"), /) -> None:
+    """The published weights (UK Biobank, 2.3 GB): downloaded, proven by md5, made a model folder OUT/model.
+
+    The same command goes on with an interrupted download. Mirrors are taken from HF_ENDPOINT.
+    """
+    from brainldm.model.bundle import import_monai as run_import
+    from brainldm.model.fetch import fetch_published
+    from brainldm.model.folder import DESCRIPTION_NAME
+
+    with _progress() as progress:
+        files = fetch_published(out, progress=progress)
+    if not (out / "model" / DESCRIPTION_NAME).exists():
+        _say(str(run_import(files["autoencoder"], files["unet"], out / "model")))
+    _say(f"Next: brainldm generate {out / 'model'} BRAINS --n 4 --age 63 --sex F --ventricles 40ml --brain 1450ml")
 
 
 @app.command

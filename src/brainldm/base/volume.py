@@ -6,6 +6,7 @@ Arrays are X (left to right), Y (back to front), Z (down to up): RAS+. An affine
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -68,6 +69,14 @@ class Grid:
     @property
     def voxel_mm3(self) -> float:
         return float(self.voxel_mm**3)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "shape_XYZ": list(self.shape_XYZ),
+            "voxel_mm": self.voxel_mm,
+            "origin_mm": list(self.origin_mm),
+        }
 
 
 # The paper's images are 192 x 256 x 256 at 1 mm, stored right to left with origin (96.48, -141.48, -156.55), cropped

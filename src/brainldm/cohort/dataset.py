@@ -122,15 +122,6 @@ def read_prepared_json(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def grid_to_json(grid: Grid) -> dict[str, Any]:
-    return {
-        "name": grid.name,
-        "shape_XYZ": list(grid.shape_XYZ),
-        "voxel_mm": grid.voxel_mm,
-        "origin_mm": list(grid.origin_mm),
-    }
-
-
 def grid_from_json(content: Mapping[str, Any]) -> Grid:
     try:
         x, y, z = (int(n) for n in content["shape_XYZ"])

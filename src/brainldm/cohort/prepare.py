@@ -28,7 +28,7 @@ from brainldm.base.progress import Progress, Quiet
 from brainldm.base.volume import grid_named
 from brainldm.cohort.bids import Failure, Scan, Study, read_study
 from brainldm.cohort.cohort_tables import CohortPerson, write_cohort_tables
-from brainldm.cohort.dataset import FORMAT, KIND, grid_to_json, read_prepared_json
+from brainldm.cohort.dataset import FORMAT, KIND, read_prepared_json
 from brainldm.cohort.prepare_config import PrepareConfig, ScanTask
 from brainldm.cohort.split import assign_splits, moved_people
 from brainldm.cohort.unires import unires_python
@@ -246,7 +246,7 @@ def _facts(study: Study, config: PrepareConfig, earlier: Mapping[str, Any]) -> d
         "format": FORMAT,
         "name": study.name,
         "licence": str(licence),
-        "grid": grid_to_json(grid_named(config.grid)),
+        "grid": grid_named(config.grid).to_json(),
         "config": config.to_json(),
         "preprocessing": earlier.get("preprocessing", {}),
         "source": {"name": study.name},

@@ -6,14 +6,23 @@ of every row (0 starts the trajectory), so rows keep their own streams. Tested w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
+import numpy as np
 import torch
 
-from brainldm.diffusion.schedule import Schedule, all_timesteps, leading_timesteps, original_timesteps
+from brainldm.base.errors import UsageError
+from brainldm.diffusion.schedule import (
+    Schedule,
+    all_timesteps,
+    leading_timesteps,
+    original_timesteps,
+    snr_timesteps,
+)
 
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 StepNoise = Callable[[int], torch.Tensor]
@@ -24,6 +33,11 @@ class Advance(Protocol):
 
 
 def _no_progress(steps: int = 1, note: str = "") -> None: ...
+
+
+def _check_falling(timesteps: list[int]) -> None:
+    if not timesteps or any(later >= t for t, later in pairwise(timesteps)) or timesteps[-1] < 0:
+        raise ValueError(f"the timesteps {timesteps} must fall strictly, to 0 or above")
 
 
 def ddim(
@@ -43,8 +57,7 @@ def ddim(
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}: it must be from 0 (deterministic) to 1 (as noisy as DDPM)")
-    if not timesteps or any(later >= t for t, later in pairwise(timesteps)) or timesteps[-1] < 0:
-        raise ValueError(f"the timesteps {timesteps} must fall strictly, to 0 or above")
+    _check_falling(timesteps)
     x = step_noise(0)
     alpha_bars = [float(schedule.alpha_bars[t]) for t in timesteps] + [last_alpha_bar]
     for k, t in enumerate(timesteps):
@@ -77,6 +90,144 @@ def ddpm(
 
 
 @dataclass(frozen=True)
+class _Point:
+    """A place on the schedule: x = signal x_0 + noise eps, and half the logarithm of their ratio's square."""
+
+    timestep: int
+    signal: float
+    noise: float
+
+    @property
+    def log_snr(self) -> float:
+        return math.log(self.signal / self.noise)
+
+
+def _points(schedule: Schedule, timesteps: list[int]) -> list[_Point]:
+    _check_falling(timesteps)
+    alpha_bars = {t: float(schedule.alpha_bars[t]) for t in timesteps}
+    return [_Point(t, alpha_bars[t] ** 0.5, (1 - alpha_bars[t]) ** 0.5) for t in timesteps]
+
+
+def _clean(denoise: Denoise, x: torch.Tensor, at: _Point) -> torch.Tensor:
+    """The clean sample that the network sees in x."""
+    eps = denoise(x, torch.full((len(x),), at.timestep, device=x.device))
+    return (x - at.noise * eps) / at.signal
+
+
+def dpm_solver_pp(
+    denoise: Denoise,
+    step_noise: StepNoise,
+    schedule: Schedule,
+    timesteps: list[int],
+    *,
+    advance: Advance = _no_progress,
+) -> torch.Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, one network call a step, deterministic.
+
+    The first and the last step are first order: at the start nothing is known of the past, and the last, to a sample
+    without noise, is the network's own clean estimate.
+    """
+    points = _points(schedule, timesteps)
+    x = step_noise(0)
+    before: torch.Tensor | None = None
+    last_h = 0.0
+    for now, then in pairwise(points):
+        clean = _clean(denoise, x, now)
+        h = then.log_snr - now.log_snr
+        ahead = clean if before is None else clean + (clean - before) * (h / (2 * last_h))
+        x = (then.noise / now.noise) * x - then.signal * math.expm1(-h) * ahead
+        before, last_h = clean, h
+        advance()
+    x = _clean(denoise, x, points[-1])
+    advance()
+    return x
+
+
+def unipc(
+    denoise: Denoise,
+    step_noise: StepNoise,
+    schedule: Schedule,
+    timesteps: list[int],
+    *,
+    advance: Advance = _no_progress,
+) -> torch.Tensor:
+    """UniPC of second order (Zhao et al. 2023, B_2(h), multistep): a prediction, corrected by the network call that
+    the next step needs anyway. One call a step, third-order accurate, deterministic."""
+    points = _points(schedule, timesteps)
+    x = step_noise(0)
+    # Clean estimates and where they were made: the newest last.
+    history: list[tuple[_Point, torch.Tensor]] = [(points[0], _clean(denoise, x, points[0]))]
+    advance()
+    for then in points[1:]:
+        predicted = _unified_step(x, history[-2:], then)
+        history.append((then, _clean(denoise, predicted, then)))
+        advance()
+        x = _unified_step(x, history[-3:-1], then, corrected_by=history[-1][1])
+        history = history[-2:]
+    # The estimate made at the last prediction is the sample: correcting x would ask for one more call.
+    return history[-1][1]
+
+
+def _unified_step(
+    x: torch.Tensor, history: list[tuple[_Point, torch.Tensor]], then: _Point, corrected_by: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One step of the unified formula (Zhao et al. 2023, equations 3 and 9, data prediction).
+
+    It interpolates the clean estimate in log SNR through the estimates in `history` (newest last) and, for the
+    corrector, the one at the end of the step; order is the number of those beyond the newest, plus one.
+    """
+    now, clean = history[-1]
+    h = then.log_snr - now.log_snr
+    others = [((point.log_snr - now.log_snr) / h, estimate) for point, estimate in history[:-1]]
+    if corrected_by is not None:
+        others.append((1.0, corrected_by))
+    base = (then.noise / now.noise) * x - then.signal * math.expm1(-h) * clean
+    if not others:
+        return base
+    # The weights rho solve a small Vandermonde system that makes the polynomial's terms exact.
+    ratios = np.array([ratio for ratio, _ in others])
+    scale = math.expm1(-h)
+    terms, phi = [], math.expm1(-h) / -h - 1
+    for order in range(1, len(others) + 1):
+        terms.append(phi * math.factorial(order) / scale)
+        phi = phi / -h - 1 / math.factorial(order + 1)
+    if len(others) == 1:
+        weights = np.array([0.5])  # what B_2(h) tends to, and what the authors take at this order
+    else:
+        weights = np.linalg.solve(np.vander(ratios, increasing=True).T, np.array(terms))
+    change = sum(
+        float(weight) * (estimate - clean) / float(ratio) for weight, (ratio, estimate) in zip(weights, others)
+    )
+    return base - then.signal * scale * change
+
+
+def heun(
+    denoise: Denoise,
+    step_noise: StepNoise,
+    schedule: Schedule,
+    timesteps: list[int],
+    *,
+    advance: Advance = _no_progress,
+) -> torch.Tensor:
+    """Heun's method (Karras et al. 2022, algorithm 1) on dz/dsigma = eps, z = x / signal, sigma = noise / signal.
+
+    Second order, two network calls a step except the last, which goes to a sample without noise at once.
+    """
+    points = _points(schedule, timesteps)
+    z = step_noise(0) / points[0].signal
+    for now, then in pairwise(points):
+        width = then.noise / then.signal - now.noise / now.signal
+        slope = denoise(z * now.signal, torch.full((len(z),), now.timestep, device=z.device))
+        guess = z + width * slope
+        there = denoise(guess * then.signal, torch.full((len(z),), then.timestep, device=z.device))
+        z = z + width * 0.5 * (slope + there)
+        advance()
+    x = _clean(denoise, z * points[-1].signal, points[-1])
+    advance()
+    return x
+
+
+@dataclass(frozen=True)
 class Sampler:
     """A sampler by name: `run` takes the number of steps; `default_steps` is what it is known for.
 
@@ -87,6 +238,7 @@ class Sampler:
     run: Callable[[Denoise, StepNoise, Schedule, int, Advance], torch.Tensor]
     timesteps: Callable[[Schedule, int], list[int]]
     default_steps: int
+    calls_twice: bool = False  # at every step but the last
 
 
 def _bundle_ddim(
@@ -110,8 +262,29 @@ def _all_steps_ddpm(
     return ddpm(denoise, step_noise, schedule, advance=advance)
 
 
+def _few_steps(solver: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A multistep solver along timesteps spread by signal-to-noise ratio."""
+
+    def run(
+        denoise: Denoise, step_noise: StepNoise, schedule: Schedule, steps: int, advance: Advance = _no_progress
+    ) -> torch.Tensor:
+        return solver(denoise, step_noise, schedule, snr_timesteps(schedule, steps), advance=advance)
+
+    return run
+
+
 SAMPLERS = {
     "ddim": Sampler(_bundle_ddim, leading_timesteps, 50),
     "ddim-original": Sampler(_original_ddim, original_timesteps, 50),
     "ddpm": Sampler(_all_steps_ddpm, all_timesteps, 1000),
+    "dpm++": Sampler(_few_steps(dpm_solver_pp), snr_timesteps, 15),
+    "unipc": Sampler(_few_steps(unipc), snr_timesteps, 15),
+    "heun": Sampler(_few_steps(heun), snr_timesteps, 10, calls_twice=True),
 }
+
+
+def sampler_named(name: str) -> Sampler:
+    """The sampler of that name; UsageError for one that is not there."""
+    if name not in SAMPLERS:
+        raise UsageError(f"no sampler is named {name!r}.", remedy=f"Choose one of: {', '.join(SAMPLERS)}.")
+    return SAMPLERS[name]

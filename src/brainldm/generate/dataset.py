@@ -14,10 +14,11 @@ import numpy as np
 
 import brainldm
 from brainldm.base.derivative import SPACE, dataset_description, t1w_sidecar
+from brainldm.base.errors import UsageError
 from brainldm.base.files import write_json, write_text
 from brainldm.base.nifti import Dtype, Written, write_nifti
 from brainldm.base.tables import write_table
-from brainldm.base.volume import Grid
+from brainldm.base.volume import GRIDS, Grid
 from brainldm.generate.plan import PlanRow
 
 _PARTICIPANTS = {
@@ -49,15 +50,49 @@ Every image is listed with its SHA-256 in `manifest.jsonl`; the command that mad
 """
 
 
+_BUNDLE_CROP = ((5, 5), (5, 5), (0, 15))  # voxels cut off at the low and the high end of each axis
+
+
+def bundle_grid(grid: Grid) -> Grid:
+    """The grid of the published bundle's files, 150 x 214 x 145 at 1 mm, cut out of the paper's.
+
+    The bundle writes the affine of the uncropped scan into them (off by 21 mm and more); this one is right.
+    """
+    if grid.shape_XYZ != GRIDS["paper"].shape_XYZ:
+        shape = " x ".join(map(str, grid.shape_XYZ))
+        raise UsageError(
+            f"--as-bundle cuts the paper's 160 x 224 x 160 grid, and this model's is {shape}.",
+            remedy="Leave --as-bundle out.",
+        )
+    x, y, z = (n - low - high for n, (low, high) in zip(grid.shape_XYZ, _BUNDLE_CROP))
+    ox, oy, oz = (o + grid.voxel_mm * low for o, (low, _) in zip(grid.origin_mm, _BUNDLE_CROP))
+    return Grid(f"{grid.name}-bundle", (x, y, z), grid.voxel_mm, (ox, oy, oz))
+
+
+def as_bundle(image_XYZ: np.ndarray) -> np.ndarray:
+    """The image as the bundle writes it: cropped, and stretched so that its darkest voxel is 0 and its brightest 1."""
+    cut = tuple(slice(low, n - high) for n, (low, high) in zip(image_XYZ.shape, _BUNDLE_CROP))
+    image_XYZ = image_XYZ[cut]
+    darkest, brightest = float(image_XYZ.min()), float(image_XYZ.max())
+    return (image_XYZ - darkest) / max(brightest - darkest, 1e-12)
+
+
 def image_name(row: PlanRow) -> str:
     """Where a row's image lies below the dataset's root."""
     return f"{row.participant_id}/anat/{row.participant_id}_space-{SPACE}_desc-synth_T1w.nii.gz"
 
 
 def write_image(out: Path, row: PlanRow, image_XYZ: np.ndarray, grid: Grid, dtype: Dtype) -> Written:
-    """Writes one brain, whole, with a header made from nothing."""
+    """Writes one brain, whole, with a header made from nothing.
+
+    A brain asked for beyond the training range gets a sidecar of its own that says so.
+    """
+    path = out / image_name(row)
+    if row.extrapolated:
+        sidecar = path.with_name(path.name.removesuffix(".nii.gz") + ".json")
+        write_json(sidecar, {"Extrapolated": True, "ExtrapolatedCovariates": list(row.extrapolated)})
     return write_nifti(
-        out / image_name(row),
+        path,
         image_XYZ,
         grid.affine,
         dtype=dtype,
@@ -80,7 +115,7 @@ def write_description(out: Path, facts: dict[str, Any], rows: list[PlanRow]) -> 
         ),
     )
     write_text(out / "README.md", _README.format(name=name, n=len(rows)))
-    write_text(out / ".bidsignore", "plan.tsv\ngeneration.json\nmanifest.jsonl\nfailures.tsv\nindex.html\n")
+    write_text(out / ".bidsignore", "plan.tsv\ngeneration.json\nmanifest.jsonl\nfailures.tsv\nindex.html\nfigure.png\n")
     write_json(
         out / f"space-{SPACE}_desc-synth_T1w.json",
         t1w_sidecar(

@@ -21,8 +21,9 @@ from brainldm.base.nifti import Dtype
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import stream
 from brainldm.base.tables import write_table
-from brainldm.diffusion.solvers import SAMPLERS
-from brainldm.generate.dataset import image_name, write_description, write_image
+from brainldm.base.volume import Grid
+from brainldm.diffusion.solvers import SAMPLERS, sampler_named
+from brainldm.generate.dataset import as_bundle, bundle_grid, image_name, write_description, write_image
 from brainldm.generate.plan import PlanRow, read_plan, write_plan
 from brainldm.model.folder import UNET_NAME
 from brainldm.model.latent_diffusion import LatentDiffusion, RowNoise
@@ -38,8 +39,9 @@ class GenerateSettings:
     sampler: str = "ddim"
     steps: int | None = None
     batch: int = 4
-    precision: str = "fp32"
     dtype: Dtype = "int16_unit"
+    as_bundle: bool = False
+    same_noise: bool = False  # every row starts from row 0's noise: figures in which only what is asked differs
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,12 @@ def generate(
         manifest = Manifest(out / "manifest.jsonl")
         proven = manifest.proven(out)
         missing = [row for row in rows if row.index not in proven]
-        progress.start("generating brains", len(rows), len(rows) - len(missing))
-        redrawn, failed = 0, []
-        for batch in _batches_with_missing(rows, missing, settings.batch):
-            images_BXYZ, attempts = _sample_until_sound(model, batch, settings)
+        batches = _batches_with_missing(rows, missing, settings.batch)
+        each = len(SAMPLERS[settings.sampler].timesteps(model.description.schedule.build(), _steps(settings)))
+        progress.start("generating brains (sampling steps)", sum(each + len(batch) for batch in batches))
+        redrawn, failed, grid = 0, [], _written_grid(model, settings)
+        for batch in batches:
+            images_BXYZ, attempts = _sample_until_sound(model, batch, settings, progress)
             for row, image_XYZ, attempt in zip(batch, images_BXYZ, attempts):
                 if row.index in proven:
                     continue
@@ -84,7 +88,9 @@ def generate(
                     failed.append(row.index)
                     continue
                 redrawn += attempt
-                written = write_image(out, row, image_XYZ, model.grid, settings.dtype)
+                if settings.as_bundle:
+                    image_XYZ = as_bundle(image_XYZ)
+                written = write_image(out, row, image_XYZ, grid, settings.dtype)
                 manifest.append(
                     index=row.index,
                     participant_id=row.participant_id,
@@ -93,21 +99,25 @@ def generate(
                     sha256=written.sha256,
                     attempt=attempt,
                 )
-                progress.advance()
+            progress.advance(0, note=f"{batch[-1].index + 1} of {len(rows)} brains")
         _report_failures(out, rows, failed)
     return GenerateSummary(out, len(missing) - len(failed), len(proven), redrawn)
 
 
 def _check_settings(model: LatentDiffusion, settings: GenerateSettings) -> None:
     """UsageError for a sampler, a number of steps or a batch that cannot be, before anything is written."""
-    if settings.sampler not in SAMPLERS:
-        raise UsageError(f"no sampler is named {settings.sampler!r}.", remedy=f"Choose one of: {', '.join(SAMPLERS)}.")
+    sampler = sampler_named(settings.sampler)
     if settings.batch < 1:
         raise UsageError(f"a batch of {settings.batch} was asked for.", remedy="Ask for at least 1.")
+    _written_grid(model, settings)
     try:
-        SAMPLERS[settings.sampler].timesteps(model.description.schedule.build(), _steps(settings))
+        sampler.timesteps(model.description.schedule.build(), _steps(settings))
     except ValueError as error:
         raise UsageError(f"{error}.", remedy="Leave --steps out for the sampler's own number.") from error
+
+
+def _written_grid(model: LatentDiffusion, settings: GenerateSettings) -> Grid:
+    return bundle_grid(model.grid) if settings.as_bundle else model.grid
 
 
 def _steps(settings: GenerateSettings) -> int:
@@ -128,16 +138,18 @@ def _facts(model: LatentDiffusion, settings: GenerateSettings, n: int) -> dict[s
             "cohort": description.training.get("cohort"),
             "ranges": description.covariates.ranges,
         },
-        "grid": description.grid.model_dump(mode="json"),
+        "grid": _written_grid(model, settings).to_json(),
         "n": n,
         "seed": settings.seed,
         "sampler": settings.sampler,
         "steps": _steps(settings),
         "batch": settings.batch,
-        "precision": settings.precision,
+        "precision": model.precision,
         "device": model.device.type,
         "threads": torch.get_num_threads(),
         "dtype": settings.dtype,
+        "as_bundle": settings.as_bundle,
+        "same_noise": settings.same_noise,
     }
 
 
@@ -178,7 +190,7 @@ def _batches_with_missing(rows: list[PlanRow], missing: list[PlanRow], size: int
 
 
 def _sample_until_sound(
-    model: LatentDiffusion, batch: list[PlanRow], settings: GenerateSettings
+    model: LatentDiffusion, batch: list[PlanRow], settings: GenerateSettings, progress: Progress
 ) -> tuple[list[np.ndarray | None], list[int]]:
     """Images of the batch, None where no attempt gave one, and how many attempts before it each took."""
     images: list[np.ndarray | None] = [None] * len(batch)
@@ -189,10 +201,13 @@ def _sample_until_sound(
             break
         sampled_BXYZ = model.sample(
             [batch[position].covariates for position in open_rows],
-            [row_noise(settings.seed, batch[position].index, attempt) for position in open_rows],
+            [
+                row_noise(settings.seed, 0 if settings.same_noise else batch[position].index, attempt)
+                for position in open_rows
+            ],
             sampler=settings.sampler,
             steps=settings.steps,
-            precision=settings.precision,
+            progress=progress if attempt == 0 else Quiet(),
         )
         for position, image_XYZ in zip(open_rows, sampled_BXYZ):
             attempts[position] = attempt

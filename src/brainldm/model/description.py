@@ -65,25 +65,39 @@ class UNetDescription(Strict):
 
 
 class LatentDescription(Strict):
-    """The space the diffusion works in: U-Net latent = autoencoder latent x scale."""
+    """The space the diffusion works in: U-Net latent = autoencoder latent x scale.
+
+    Mean and standard deviation per channel are those of the training people; None where nobody published them.
+    """
 
     shape_CXYZ: tuple[int, int, int, int]
     scale: float = Field(gt=0)
-    channel_mean: tuple[float, ...]
-    channel_std: tuple[float, ...]
+    channel_mean: tuple[float, ...] | None = None
+    channel_std: tuple[float, ...] | None = None
 
 
 class GridDescription(Strict):
-    """Where a generated image lies: RAS+, isotropic, mm."""
+    """Where a generated image lies: RAS+, isotropic, mm.
+
+    `network_x` is the direction in which the network sees the first axis. The published weights were trained on images
+    stored from right to left; theirs are turned before they are written, so that every file is RAS+.
+    """
 
     name: str
     shape_XYZ: tuple[int, int, int]
     voxel_mm: float = Field(gt=0)
     origin_mm: tuple[float, float, float]
+    network_x: Literal["left_to_right", "right_to_left"] = "left_to_right"
 
     @classmethod
-    def of(cls, grid: Grid) -> GridDescription:
-        return cls(name=grid.name, shape_XYZ=grid.shape_XYZ, voxel_mm=grid.voxel_mm, origin_mm=grid.origin_mm)
+    def of(cls, grid: Grid, network_x: Literal["left_to_right", "right_to_left"] = "left_to_right") -> GridDescription:
+        return cls(
+            name=grid.name,
+            shape_XYZ=grid.shape_XYZ,
+            voxel_mm=grid.voxel_mm,
+            origin_mm=grid.origin_mm,
+            network_x=network_x,
+        )
 
     def build(self) -> Grid:
         return Grid(self.name, self.shape_XYZ, self.voxel_mm, self.origin_mm)

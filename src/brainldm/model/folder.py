@@ -9,19 +9,22 @@ Loading refuses a folder in which anything is missing, changed, of a newer forma
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from brainldm.base.errors import BadInput
 from brainldm.base.files import read_json, sha256_of, write_json
 from brainldm.model.description import FORMAT_VERSION, LatentDiffusionDescription, WeightsFile
 from brainldm.model.latent_diffusion import LatentDiffusion
-from brainldm.model.tensors import write_tensors
+from brainldm.model.memory import MemoryPlan
+from brainldm.model.tensors import misfits, shortened, write_tensors
 from brainldm.nets.autoencoder import Autoencoder
+from brainldm.nets.blocks import pack_for_sampling
+from brainldm.nets.packed import packing_works
 from brainldm.nets.unet import DiffusionUNet
 
 DESCRIPTION_NAME = "model.json"
@@ -88,22 +91,45 @@ def _field_faults(error: Exception) -> str:
     return "cannot be used: " + "; ".join(faults) + "."
 
 
-def load_model(folder: Path, device: str | torch.device = "cpu") -> LatentDiffusion:
-    """The model in a folder, its weights proven by size and SHA-256, in evaluation mode on `device`."""
-    folder = find_model(folder)
+def load_model(
+    folder: Path,
+    device: str | torch.device = "cpu",
+    *,
+    precision: str = "fp32",
+    memory: MemoryPlan = MemoryPlan(),  # noqa: B008  # frozen
+) -> LatentDiffusion:
+    """The model in a folder, its weights proven by size and SHA-256, in evaluation mode on `device`.
+
+    With precision bf16 on a CPU the weights are held in bfloat16 and packed for its convolutions, so such a model can
+    sample but not train. `memory` says how it bounds what it takes.
+    """
+    folder, device = find_model(folder), torch.device(device)
     description = read_description(folder)
     try:
-        autoencoder = Autoencoder(description.autoencoder.build())
-        unet = DiffusionUNet(description.unet.build())
+        with torch.device("meta"):
+            autoencoder = Autoencoder(description.autoencoder.build())
+            unet = DiffusionUNet(description.unet.build())
     except ValueError as error:
         raise BadInput(str(error), remedy=_REMEDY, path=folder / DESCRIPTION_NAME, reason="architecture") from error
+    half: dict[str, set[str]] = {AUTOENCODER_NAME: set(), UNET_NAME: set()}
+    if precision == "bf16" and device.type == "cpu" and packing_works():
+        half = {
+            AUTOENCODER_NAME: pack_for_sampling(autoencoder, autoencoder.exact_parts),
+            UNET_NAME: pack_for_sampling(unet, unet.exact_parts),
+        }
     for name, module in ((AUTOENCODER_NAME, autoencoder), (UNET_NAME, unet)):
-        _load_weights(folder / name, module, description.weights.get(name))
-    model = LatentDiffusion(description, autoencoder.eval(), unet.eval())
-    return model.to(device)
+        _prove(folder / name, description.weights.get(name))
+        _fill(folder / name, module.eval(), device, half[name])
+
+    def reload_unet() -> None:
+        _fill(folder / UNET_NAME, unet, device, half[UNET_NAME])
+
+    return LatentDiffusion(
+        description, autoencoder, unet, precision, memory.slab_bytes, None if memory.keeps_unet else reload_unet
+    )
 
 
-def _load_weights(path: Path, module: torch.nn.Module, expected: WeightsFile | None) -> None:
+def _prove(path: Path, expected: WeightsFile | None) -> None:
     if expected is None:
         raise BadInput(
             f"{DESCRIPTION_NAME} does not list this file.", remedy=_REMEDY, path=path, reason="bad_description"
@@ -117,28 +143,34 @@ def _load_weights(path: Path, module: torch.nn.Module, expected: WeightsFile | N
             path=path,
             reason="checksum",
         )
+
+
+def _fill(path: Path, module: torch.nn.Module, device: torch.device, half: Collection[str] = ()) -> None:
+    """Reads the tensors of `path` into a module on the meta device, those named in `half` in bfloat16.
+
+    One at a time: a file of gigabytes is never in memory twice. Convolutions lie channels last, which they are fastest
+    in.
+    """
     try:
-        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise BadInput(f"is not a safetensors file ({error}).", remedy=_REMEDY, path=path, reason="damaged") from error
-    wanted = module.state_dict()
-    differences = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
-    differences += [f"{name} is not part of the described network" for name in tensors.keys() - wanted.keys()]
-    differences += [
-        f"{name} has shape {tuple(tensors[name].shape)}, described as {tuple(wanted[name].shape)}"
-        for name in wanted.keys() & tensors.keys()
-        if tensors[name].shape != wanted[name].shape
-    ]
-    if differences:
-        shown = "; ".join(sorted(differences)[:4]) + (
-            f"; and {len(differences) - 4} more" if len(differences) > 4 else ""
-        )
+    faults = misfits(module, shapes)
+    if faults:
         raise BadInput(
-            f"does not fit the network that {DESCRIPTION_NAME} describes: {shown}.",
+            f"does not fit the network that {DESCRIPTION_NAME} describes: {shortened(faults)}.",
             remedy=_REMEDY,
             path=path,
             reason="architecture",
         )
-    if any(not torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point()):
-        raise BadInput("holds weights that are not finite numbers.", remedy=_REMEDY, path=path, reason="nan")
-    module.load_state_dict(tensors)
+    for name, shape in shapes.items():
+        with safe_open(path, framework="pt") as file:  # opened anew: closing it gives its pages back
+            tensor = file.get_tensor(name)
+            layout = torch.channels_last_3d if len(shape) == 5 else torch.contiguous_format
+            tensor = tensor.to(
+                device, torch.bfloat16 if name in half else tensor.dtype, copy=True, memory_format=layout
+            )
+        if not torch.isfinite(tensor).all():
+            raise BadInput("holds weights that are not finite numbers.", remedy=_REMEDY, path=path, reason="nan")
+        module.load_state_dict({name: tensor}, assign=True, strict=False)

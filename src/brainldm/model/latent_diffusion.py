@@ -12,11 +12,13 @@ import torch
 from brainldm.base.covariates import CovariateModel, CovariateRanges, Covariates, covariates_array
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.volume import Grid
-from brainldm.diffusion.solvers import SAMPLERS
+from brainldm.diffusion.solvers import SAMPLERS, Denoise, Sampler
 from brainldm.diffusion.target import eps_from_v
 from brainldm.model.description import LatentDiffusionDescription
 from brainldm.model.precision import autocast
 from brainldm.nets.autoencoder import Autoencoder
+from brainldm.nets.blocks import forget
+from brainldm.nets.slabs import decode_in_slabs
 from brainldm.nets.unet import DiffusionUNet, with_covariates
 
 # step, shape of one row -> noise of that shape: every row brings its own stream.
@@ -38,19 +40,25 @@ class ImageModel(Protocol):
         *,
         sampler: str,
         steps: int | None,
-        precision: str,
         progress: Progress = ...,
     ) -> np.ndarray:
-        """Images (B, X, Y, Z), float32, one a row of covariates."""
+        """Images (B, X, Y, Z), float32, RAS+, one a row of covariates."""
 
 
 @dataclass(frozen=True)
 class LatentDiffusion:
-    """Autoencoder, U-Net and their description: the system of Pinaya et al. 2022."""
+    """Autoencoder, U-Net and their description: the system of Pinaya et al. 2022, and how it runs here.
+
+    `precision` is fp32 or bf16. With `slab_bytes` images are decoded in slabs of about that size. With `reload_unet`
+    the U-Net is given up before decoding and read again by that function, where memory does not hold both.
+    """
 
     description: LatentDiffusionDescription
     autoencoder: Autoencoder
     unet: DiffusionUNet
+    precision: str = "fp32"
+    slab_bytes: int | None = None
+    reload_unet: Callable[[], None] | None = None
 
     @property
     def name(self) -> str:
@@ -70,16 +78,7 @@ class LatentDiffusion:
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
-
-    def to(self, device: str | torch.device) -> LatentDiffusion:
-        """The same model on `device`; the networks lie channels-last, which their convolutions are fastest in."""
-        layout = torch.channels_last_3d
-        return LatentDiffusion(
-            self.description,
-            self.autoencoder.to(device=device, memory_format=layout),  # type: ignore[call-overload]
-            self.unet.to(device=device, memory_format=layout),  # type: ignore[call-overload]
-        )
+        return self.autoencoder.post_quant_conv.conv.weight.device
 
     @torch.no_grad()
     def sample(
@@ -89,49 +88,69 @@ class LatentDiffusion:
         *,
         sampler: str = "ddim",
         steps: int | None = None,
-        precision: str = "fp32",
         progress: Progress = Quiet(),  # noqa: B008  # stateless
     ) -> np.ndarray:
-        """Images (B, X, Y, Z) in 0..1 units of the training cohort, not clipped, float32.
+        """Images (B, X, Y, Z) in 0..1 units of the training cohort, not clipped, float32, RAS+.
 
-        Row i is a function of `covariates[i]` and `noise[i]` alone, up to the arithmetic of the batch size.
+        Row i is a function of `covariates[i]` and `noise[i]` alone, up to the arithmetic of the batch size. `progress`
+        advances by one for each sampling step and each image decoded.
         """
-        denoise = self._denoiser(covariates, precision)
+        latent_BCXYZ = self.sample_latents(covariates, noise, SAMPLERS[sampler], steps, progress)
+        if self.reload_unet is not None:
+            forget(self.unet)
+        image_BXYZ = self.decode(latent_BCXYZ, progress)
+        if self.reload_unet is not None:
+            self.reload_unet()
+        return image_BXYZ
+
+    @torch.no_grad()
+    def sample_latents(
+        self,
+        covariates: Sequence[Covariates],
+        noise: Sequence[RowNoise],
+        sampler: Sampler,
+        steps: int | None = None,
+        progress: Progress = Quiet(),  # noqa: B008  # stateless
+    ) -> torch.Tensor:
+        """Latents (B, C, x, y, z) in the U-Net's scale, float32."""
         shape_CXYZ = tuple(self.description.latent.shape_CXYZ)
 
         def step_noise(step: int) -> torch.Tensor:
             rows = np.stack([row(step, shape_CXYZ) for row in noise]).astype(np.float32)
             return torch.from_numpy(rows).to(self.device)
 
-        solve = SAMPLERS[sampler]
-        latent_BCXYZ = solve.run(
-            denoise,
-            step_noise,
-            self.description.schedule.build(),
-            solve.default_steps if steps is None else steps,
-            progress.advance,
-        )
-        image_BCXYZ = self.decode(latent_BCXYZ, precision)
-        return image_BCXYZ[:, 0].float().cpu().numpy()
+        schedule = self.description.schedule.build()
+        steps = sampler.default_steps if steps is None else steps
+        return sampler.run(self.denoiser(covariates), step_noise, schedule, steps, progress.advance)
 
-    def _denoiser(
-        self, covariates: Sequence[Covariates], precision: str
-    ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def denoiser(self, covariates: Sequence[Covariates]) -> Denoise:
         """The network as the callable samplers want: (x, timesteps) -> eps."""
         normalised_BF = self.ranges.normalise(covariates_array(covariates)).astype(np.float32)
         condition_BF = torch.from_numpy(normalised_BF).to(self.device)
         schedule = self.description.schedule.build()
 
         def denoise(x_BCXYZ: torch.Tensor, timesteps_B: torch.Tensor) -> torch.Tensor:
-            with autocast(self.device, precision):
+            with autocast(self.device, self.precision):
                 output = self.unet(*with_covariates(x_BCXYZ, timesteps_B, condition_BF)).float()
             return output if self.description.target == "eps" else eps_from_v(output, x_BCXYZ, timesteps_B, schedule)
 
         return denoise
 
     @torch.no_grad()
-    def decode(self, latent_BCXYZ: torch.Tensor, precision: str = "fp32") -> torch.Tensor:
-        """Images (B, 1, X, Y, Z) of latents in the U-Net's scale, decoded one by one to bound memory."""
-        with autocast(self.device, precision):
-            rows = [self.autoencoder.decode(row[None] / self.description.latent.scale) for row in latent_BCXYZ]
-        return torch.cat(rows).float()
+    def decode(
+        self,
+        latent_BCXYZ: torch.Tensor,
+        progress: Progress = Quiet(),  # noqa: B008  # stateless
+    ) -> np.ndarray:
+        """Images (B, X, Y, Z), float32, RAS+, of latents in the U-Net's scale, decoded one by one to bound memory."""
+        images_XYZ = []
+        for latent_CXYZ in latent_BCXYZ / self.description.latent.scale:
+            with autocast(self.device, self.precision):
+                if self.slab_bytes is None:
+                    image_BCXYZ = self.autoencoder.decode(latent_CXYZ[None])
+                else:
+                    image_BCXYZ = decode_in_slabs(self.autoencoder, latent_CXYZ[None], self.slab_bytes)
+            image_XYZ = image_BCXYZ[0, 0].float().cpu().numpy()
+            images_XYZ.append(image_XYZ[::-1] if self.description.grid.network_x == "right_to_left" else image_XYZ)
+            progress.advance()
+        return np.stack(images_XYZ)

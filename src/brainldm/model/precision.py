@@ -7,6 +7,7 @@ import contextlib
 import torch
 
 from brainldm.base.errors import UsageError
+from brainldm.nets.packed import packing_works
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -48,6 +49,18 @@ def choose_precision(name: str, device: torch.device, *, trained_side: int | Non
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     return "bf16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def told_precision(device: torch.device, precision: str) -> str:
+    """Where and in which arithmetic, and why not the faster one, in words for whoever waits."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} in {precision}"
+    place = f"{torch.get_num_threads()} CPU threads in {precision}"
+    if precision == "bf16":
+        return place if packing_works() else f"{place} (without packed weights, which this build of torch cannot make)"
+    if choose_precision("auto", device) == "bf16":
+        return f"{place} (exact)"
+    return f"{place} (this processor does not multiply in bfloat16, which would be faster)"
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

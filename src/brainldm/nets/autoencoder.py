@@ -20,7 +20,6 @@ from brainldm.nets.blocks import (
     check_at_least_one,
     check_divisible,
     check_widths,
-    double_by_nearest,
     fold,
     unfold,
 )
@@ -118,10 +117,10 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.postconv = Convolution(channels, channels)
+        self.postconv = Convolution(channels, channels, doubles=True)
 
     def forward(self, x_BCXYZ: torch.Tensor) -> torch.Tensor:
-        return self.postconv(double_by_nearest(x_BCXYZ))
+        return self.postconv(x_BCXYZ)
 
 
 class _Chain(nn.Module):
@@ -184,6 +183,12 @@ class Autoencoder(nn.Module):
         self.quant_conv_mu = Convolution(latent, latent, kernel=1)
         self.quant_conv_log_sigma = Convolution(latent, latent, kernel=1)
         self.post_quant_conv = Convolution(latent, latent, kernel=1)
+
+    @property
+    def exact_parts(self) -> tuple[nn.Module, ...]:
+        """What runs in the weights' own precision whatever the context: small and at either end of the latent."""
+        ends = self.encoder.blocks[-1], self.decoder.blocks[-1]
+        return (*ends, self.quant_conv_mu, self.quant_conv_log_sigma, self.post_quant_conv)
 
     def encode(self, image_BCXYZ: torch.Tensor) -> LatentDistribution:
         """The latent's distribution, float32. ValueError for a grid that does not divide."""

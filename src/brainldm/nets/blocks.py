@@ -10,17 +10,52 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from brainldm.nets.packed import DoublingConvolution, PackedConvolution, packing_works
+
 
 class Convolution(nn.Module):
-    """A 3-D convolution that keeps the grid (stride 1) or halves it (stride 2, padding at the far ends only)."""
+    """A 3-D convolution that keeps the grid (stride 1) or halves it (stride 2, padding at the far ends only).
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1) -> None:
+    With `doubles` the map is doubled by repetition first.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, doubles: bool = False
+    ) -> None:
         super().__init__()
         padding = kernel // 2 if stride == 1 else 0
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride=stride, padding=padding)
+        self.doubles = doubles
+        self.packs = False
+        self.packed: PackedConvolution | DoublingConvolution | None = None
 
-    def forward(self, x_BCXYZ: torch.Tensor) -> torch.Tensor:
-        return self.conv(x_BCXYZ)
+    def forward(self, x_BCXYZ: torch.Tensor, *, haloed: bool = False) -> torch.Tensor:
+        """The convolved map. With `haloed` the map brings a neighbour at either end of X, and is not padded there."""
+        if self.packs:
+            return self._through_packed(x_BCXYZ, haloed)
+        if self.doubles:
+            x_BCXYZ = double_by_nearest(x_BCXYZ)
+        if not haloed or self.conv.kernel_size[0] == 1:
+            return self.conv(x_BCXYZ)
+        y_BCXYZ = F.conv3d(x_BCXYZ, self.conv.weight, self.conv.bias, padding=(0, 1, 1))
+        return y_BCXYZ[:, :, 1:-1] if self.doubles else y_BCXYZ
+
+    def _through_packed(self, x_BCXYZ: torch.Tensor, haloed: bool) -> torch.Tensor:
+        if self.packed is None:
+            self.packed = self._pack()
+        if isinstance(self.packed, DoublingConvolution):
+            return self.packed(x_BCXYZ, haloed=haloed)
+        sides = self.conv.kernel_size[0] // 2 if self.conv.stride[0] == 1 else 0
+        return self.packed(x_BCXYZ, padding=[0, sides, sides] if haloed else None)
+
+    def _pack(self) -> PackedConvolution | DoublingConvolution:
+        """Packs the weights, and gives up the plain ones: two copies of them would be a waste of gigabytes."""
+        weight, bias, stride = self.conv.weight.detach(), self.conv.bias, self.conv.stride[0]
+        self.conv.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+        if self.doubles:
+            return DoublingConvolution(weight.float(), bias, torch.bfloat16)
+        padding = self.conv.kernel_size[0] // 2 if stride == 1 else 0
+        return PackedConvolution(weight.to(torch.bfloat16), bias, padding=padding, stride=stride)
 
 
 def activated(norm: nn.Module, x_BCXYZ: torch.Tensor) -> torch.Tensor:
@@ -29,14 +64,46 @@ def activated(norm: nn.Module, x_BCXYZ: torch.Tensor) -> torch.Tensor:
     return F.silu(norm(x_BCXYZ), inplace=not torch.is_grad_enabled())
 
 
-def at_full_precision(convolution: nn.Module, x_BCXYZ: torch.Tensor) -> torch.Tensor:
+def at_full_precision(convolution: nn.Module, x_BCXYZ: torch.Tensor, **options: bool) -> torch.Tensor:
     """The convolution in the precision of its weights, whatever the autocast around it.
 
     For the last one of a network: it costs little, and bfloat16 would leave an image 128 grey values between 0.5 and 1.
     """
     weights = next(convolution.parameters())
+    if not torch.amp.is_autocast_available(x_BCXYZ.device.type):  # no device at all, when shapes or work are counted
+        return convolution(x_BCXYZ, **options)
     with torch.autocast(x_BCXYZ.device.type, enabled=False):
-        return convolution(x_BCXYZ.to(weights.dtype))
+        return convolution(x_BCXYZ.to(weights.dtype), **options)
+
+
+def pack_for_sampling(network: nn.Module, full_precision: tuple[nn.Module, ...]) -> set[str]:
+    """Turns a network's convolutions to packed bfloat16 ones and its other matrices to bfloat16, for sampling on a CPU.
+
+    Those in `full_precision` and all norms stay as they are. Works on a network whose weights are still to come: the
+    names returned are of the parameters to be given in bfloat16. RuntimeError where torch cannot pack.
+    """
+    if not packing_works():
+        raise RuntimeError("this build of torch cannot pack convolutions")
+    kept = {id(module) for chosen in full_precision for module in chosen.modules()}
+    names: set[str] = set()
+    for name, module in network.named_modules():
+        if id(module) in kept:
+            continue
+        if isinstance(module, Convolution):
+            module.packs = True
+            names.add(f"{name}.conv.weight")
+        elif isinstance(module, nn.Linear):
+            names |= {f"{name}.{parameter}" for parameter, _ in module.named_parameters()}
+    network.requires_grad_(False)
+    return names
+
+
+def forget(network: nn.Module) -> None:
+    """Gives up a network's weights, packed ones too; they have to be loaded again before the next call."""
+    for module in network.modules():
+        if isinstance(module, Convolution):
+            module.packed = None
+    network.to("meta")
 
 
 def zeroed(module: nn.Module) -> nn.Module:

@@ -117,7 +117,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.resample = resample
         self.norm1 = nn.GroupNorm(config.norm_groups, in_channels, config.norm_eps)
-        self.conv1 = Convolution(in_channels, out_channels)
+        self.conv1 = Convolution(in_channels, out_channels, doubles=resample is double_by_nearest)
         self.time_emb_proj = nn.Linear(time_features, out_channels)
         self.norm2 = nn.GroupNorm(config.norm_groups, out_channels, config.norm_eps)
         self.conv2 = zeroed(Convolution(out_channels, out_channels))
@@ -127,7 +127,9 @@ class ResidualBlock(nn.Module):
     def forward(self, x_BCXYZ: torch.Tensor, time_BF: torch.Tensor) -> torch.Tensor:
         h_BCXYZ = activated(self.norm1, x_BCXYZ)
         if self.resample is not None:
-            x_BCXYZ, h_BCXYZ = self.resample(x_BCXYZ), self.resample(h_BCXYZ)
+            x_BCXYZ = self.resample(x_BCXYZ)
+        if self.resample is halve_by_mean:  # the first convolution does the doubling itself
+            h_BCXYZ = halve_by_mean(h_BCXYZ)
         h_BCXYZ = self.conv1(h_BCXYZ) + self.time_emb_proj(F.silu(time_BF))[:, :, None, None, None]
         h_BCXYZ = self.conv2(activated(self.norm2, h_BCXYZ))
         return self.skip_connection(x_BCXYZ) + h_BCXYZ
@@ -224,6 +226,11 @@ class DiffusionUNet(nn.Module):
 
         final = zeroed(Convolution(widths[0], config.out_channels))
         self.out = nn.Sequential(nn.GroupNorm(config.norm_groups, widths[0], config.norm_eps), nn.SiLU(), final)
+
+    @property
+    def exact_parts(self) -> tuple[nn.Module, ...]:
+        """What runs in the weights' own precision whatever the context: the last convolution."""
+        return (self.out[2],)
 
     def forward(self, x_BCXYZ: torch.Tensor, timesteps_B: torch.Tensor, context_BNF: torch.Tensor) -> torch.Tensor:
         """(B, in_channels, X, Y, Z), (B,), (B, N, context_features) to (B, out_channels, X, Y, Z).

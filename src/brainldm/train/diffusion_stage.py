@@ -5,6 +5,7 @@ x_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps;   loss = |U(x_t, t, covariates) - t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -133,10 +134,10 @@ class DiffusionStage:
         """Four brains from the network as it stands, of the middle covariates, always from the same noise."""
         if self.sample_preview is None:
             return
-        model = LatentDiffusion(self.sample_preview.description, self.sample_preview.autoencoder, self.trained_unet())
+        model = replace(self.sample_preview, unet=self.trained_unet(), precision=self.precision)
         middle = Covariates.from_array(model.ranges.denormalise(np.full(len(COVARIATES), 0.5)))
         noise = [preview_noise(index) for index in range(4)]
-        images_BXYZ = model.sample([middle] * 4, noise, sampler="ddim", steps=20, precision=self.precision)
+        images_BXYZ = model.sample([middle] * 4, noise, sampler="ddim", steps=20)
         save_rows(path, [images_BXYZ])
 
 

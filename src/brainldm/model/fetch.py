@@ -1,0 +1,106 @@
+"""Getting the published weights: the only place in the package that opens a network connection, and only when asked.
+
+A download that breaks off is kept as `NAME.part` and taken up where it stopped; a file counts only when its md5 is the
+published one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from brainldm.base.errors import BadInput, EnvironmentProblem
+from brainldm.base.files import make_folder, writing
+from brainldm.base.progress import Progress, Quiet
+from brainldm.model.bundle import PUBLISHED, PublishedFile
+
+REPOSITORY = "MONAI/brain_image_synthesis_latent_diffusion_model"
+_BLOCK = 1 << 20
+_TIMEOUT_SECONDS = 30.0
+
+
+def fetch_published(
+    folder: Path,
+    *,
+    endpoint: str | None = None,
+    progress: Progress = Quiet(),  # noqa: B008  # stateless
+) -> dict[str, Path]:
+    """The bundle's two files in `folder`, downloaded where they are not there yet, proven by md5.
+
+    `endpoint` is the host of the hub; by default the environment's HF_ENDPOINT, as for other Hugging Face tools.
+    EnvironmentProblem, with what to do instead, where there is no way to the host; BadInput for a wrong file.
+    """
+    host = (endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    make_folder(folder)
+    return {
+        kind: _fetch(f"{host}/{REPOSITORY}/resolve/main/models/{file.name}", folder / file.name, file, progress)
+        for kind, file in PUBLISHED.items()
+    }
+
+
+def _fetch(url: str, path: Path, expected: PublishedFile, progress: Progress) -> Path:
+    if path.exists():
+        if _md5(path) == expected.md5:
+            return path
+        raise BadInput(
+            "is not the published file (its md5 differs).",
+            remedy="Move it away and fetch again.",
+            path=path,
+            reason="checksum",
+        )
+    part = path.with_name(path.name + ".part")
+    _download(url, part, expected, progress)
+    found = _md5(part)
+    if found != expected.md5:
+        # Kept under another name to be looked at: resuming it could never make it right.
+        with writing(part):
+            part.replace(path.with_name(path.name + ".wrong"))
+        raise BadInput(
+            f"the download has md5 {found}, the published file {expected.md5}; it is kept as {path.name}.wrong.",
+            remedy=_by_hand(url, path),
+            path=path,
+            reason="checksum",
+        )
+    with writing(path):
+        part.replace(path)
+    return path
+
+
+def _download(url: str, part: Path, expected: PublishedFile, progress: Progress) -> None:
+    """Appends to `part` what is missing of it."""
+    import requests  # no other verb needs it
+
+    there = part.stat().st_size if part.exists() else 0
+    try:
+        headers = {"Range": f"bytes={there}-"} if there else {}
+        with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_SECONDS) as answer:
+            if answer.status_code == 416:
+                return  # nothing is missing; the md5 will tell
+            answer.raise_for_status()
+            if answer.headers.get("Content-Type", "").startswith("text/html"):
+                raise BadInput("the host answered with a web page.", remedy=_by_hand(url, part), path=part)
+            resumed = answer.status_code == 206
+            total = int(answer.headers.get("Content-Length", 0)) + (there if resumed else 0)
+            progress.start(f"fetching {expected.name} (MB)", total // _BLOCK, there // _BLOCK if resumed else 0)
+            with writing(part), part.open("ab" if resumed else "wb") as file:
+                for block in answer.iter_content(_BLOCK):
+                    file.write(block)
+                    progress.advance()
+    except requests.RequestException as error:
+        raise EnvironmentProblem(
+            f"cannot reach {url} ({type(error).__name__}).", remedy=_by_hand(url, part), path=part
+        ) from error
+
+
+def _by_hand(url: str, path: Path) -> str:
+    return (
+        "The same command goes on where it stopped. Without a network here, download "
+        f"{url} elsewhere, copy it to {path.with_suffix('') if path.suffix == '.part' else path} and give the command "
+        "again; or set HF_ENDPOINT to a mirror."
+    )
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()

@@ -1,0 +1,158 @@
+"""How much memory sampling takes, and how it is made to fit.
+
+Three things take it: the weights, the U-Net's feature maps, and the decoder's, which at full resolution are gigabytes.
+Two decisions bound it: images are decoded in slabs, so that one map is held where the plain way holds four, and the
+U-Net's weights are given up while an image is decoded. Neither changes the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from brainldm.base.errors import EnvironmentProblem
+from brainldm.model.description import LatentDiffusionDescription
+from brainldm.nets.autoencoder import AutoencoderConfig
+from brainldm.nets.packed import packing_works
+from brainldm.nets.unet import DiffusionUNet, UNetConfig
+
+SLAB_BYTES = 24 << 20  # a few of these fit a processor's cache; larger ones are slower
+_WHOLE_BELOW_BYTES = 2 * SLAB_BYTES  # maps so small are decoded whole
+_SLABS_AT_WORK = 10  # slabs with their neighbours, before and after each operation
+_PLAIN_COPIES = 4  # maps that a whole decode holds at once: input, residual, normalised, convolved
+_SHARE_OF_FREE = 0.9
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a model is kept within memory: size of slabs (None: whole images), and whether the U-Net stays while images
+    are decoded. `peak_bytes` is what the process will take at most, on the device (0: not planned)."""
+
+    slab_bytes: int | None = None
+    keeps_unet: bool = True
+    peak_bytes: int = 0
+
+
+def plan_memory(
+    description: LatentDiffusionDescription,
+    *,
+    batch: int,
+    precision: str,
+    device: torch.device,
+    limit_bytes: int | None = None,
+) -> MemoryPlan:
+    """The fastest plan whose peak is within `limit_bytes`, by default nine tenths of what is free and what we hold.
+
+    EnvironmentProblem where no plan is: with the least that would do.
+    """
+    held, free = _held_and_free(device)
+    limit = int(held + _SHARE_OF_FREE * free) if limit_bytes is None else limit_bytes
+    itemsize = 2 if precision == "bf16" else 4
+    packs = precision == "bf16" and device.type == "cpu" and packing_works()
+    autoencoder, unet = description.autoencoder.build(), description.unet.build()
+    grid_XYZ, latent_XYZ = description.grid.shape_XYZ, description.latent.shape_CXYZ[1:]
+    unet_bytes = parameters(unet) * (2 if packs else 4)
+    sampling = unet_bytes + batch * unet_map_bytes(unet, latent_XYZ)
+    images = batch * 3 * 4 * _voxels(grid_XYZ)  # images of the batch, and copies on the way to a file
+    whole = _PLAIN_COPIES * largest_map_bytes(autoencoder, grid_XYZ, itemsize)
+    slabs = slab_peak_bytes(autoencoder, grid_XYZ, itemsize)
+    ways = [(None, whole)] if device.type == "cuda" or whole < _PLAIN_COPIES * _WHOLE_BELOW_BYTES else []
+    plans = [
+        MemoryPlan(slab_bytes, keeps, held + max(sampling, (unet_bytes if keeps else 0) + decoding + images))
+        for slab_bytes, decoding in [*ways, (SLAB_BYTES, slabs)]
+        for keeps in (True, False)
+    ]
+    for plan in plans:
+        if plan.peak_bytes <= limit:
+            return plan
+    least = min(plan.peak_bytes for plan in plans)
+    advice = [f"Allow {gigabytes(least)}"]
+    if batch > 1:
+        advice.append("take a smaller --batch")
+    if precision == "fp32" and device.type == "cpu":
+        advice.append("leave --exact and --precision fp32 out")
+    raise EnvironmentProblem(
+        f"sampling {batch} at a time needs {gigabytes(least)} of memory, and {gigabytes(limit)} "
+        f"{'are free' if limit_bytes is None else 'were allowed'}.",
+        remedy=", or ".join(advice) + ".",
+        reason="memory",
+    )
+
+
+def gigabytes(count: int) -> str:
+    """3.2 GB, in the units that --max-memory takes.
+
+    >>> gigabytes(3_200_000_000)
+    '3.2 GB'
+    """
+    return f"{count / 1e9:.1f} GB"
+
+
+def parameters(config: UNetConfig) -> int:
+    """How many numbers the U-Net's weights are."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in DiffusionUNet(config).parameters())
+
+
+def unet_map_bytes(config: UNetConfig, latent_XYZ: tuple[int, ...]) -> int:
+    """Feature maps that one row holds at most in a call, float32: all skips, and six of the widest where they join."""
+    total = 0
+    for level, width in enumerate(config.channels):
+        voxels = _voxels(latent_XYZ) // 8**level
+        total += (config.res_blocks + 1) * width * voxels
+    widest = 2 * config.channels[0] * _voxels(latent_XYZ)
+    return 4 * (total + 6 * widest)
+
+
+def largest_map_bytes(config: AutoencoderConfig, grid_XYZ: tuple[int, ...], itemsize: int) -> int:
+    """The decoder's largest feature map: where the finest level begins, still with the channels of the one before."""
+    return max(itemsize * channels * voxels for channels, voxels in _decoder_maps(config, grid_XYZ))
+
+
+def slab_peak_bytes(config: AutoencoderConfig, grid_XYZ: tuple[int, ...], itemsize: int) -> int:
+    """What a decode in slabs holds at most.
+
+    A map is given up slab by slab while the next is made, but for a residual block, which keeps what it adds at the
+    end.
+    """
+    maps = list(_decoder_maps(config, grid_XYZ))
+    held = [channels * voxels for channels, voxels in maps]
+    residual = [2 * config.channels[level] * _level_voxels(config, grid_XYZ, level) for level in _levels(config)]
+    return itemsize * max(*held, *residual) + _SLABS_AT_WORK * SLAB_BYTES
+
+
+def _decoder_maps(config: AutoencoderConfig, grid_XYZ: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Channels and voxels of the maps that enter each level of the decoder."""
+    last = len(config.channels) - 1
+    return [
+        (config.channels[min(level + 1, last)], _level_voxels(config, grid_XYZ, level)) for level in _levels(config)
+    ]
+
+
+def _levels(config: AutoencoderConfig) -> range:
+    return range(len(config.channels))
+
+
+def _level_voxels(config: AutoencoderConfig, grid_XYZ: tuple[int, ...], level: int) -> int:
+    return _voxels(grid_XYZ) // config.fold**3 // 8**level
+
+
+def _voxels(shape_XYZ: tuple[int, ...]) -> int:
+    x, y, z = shape_XYZ
+    return x * y * z
+
+
+def _held_and_free(device: torch.device) -> tuple[int, int]:
+    """Bytes this process holds now, and that it could still have."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # a job or a container may have less than its machine
+        allowed, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, allowed - used)
+    return psutil.Process().memory_info().rss, free
