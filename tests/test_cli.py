@@ -115,4 +115,4 @@ def test_a_damaged_model_is_refused_before_anything_is_written(tiny_run: Path, t
 def test_output_is_plain_where_nobody_looks(tiny_run: Path, tmp_path: Path) -> None:
     result = run("generate", tiny_run, tmp_path / "out", "--n", 1, "--steps", 1)
     assert "\x1b" not in result.stdout + result.stderr
-    assert "generating brains: 1 of 1" in result.stderr
+    assert "1 of 1 brains" in result.stderr

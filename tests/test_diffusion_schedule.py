@@ -10,10 +10,10 @@ import torch
 
 from brainldm.diffusion.schedule import (
     all_timesteps,
-    blended_timesteps,
     leading_timesteps,
     original_timesteps,
     scaled_linear,
+    snr_timesteps,
 )
 
 
@@ -87,11 +87,14 @@ def test_a_schedule_that_is_none_is_refused(wrong: dict) -> None:
         scaled_linear(**wrong)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("steps", [1, 2, 7, 50, 999, 1000])
-def test_blended_timesteps_fall_from_the_noisiest_to_nought(steps: int, share: float) -> None:
-    timesteps = blended_timesteps(scaled_linear(), steps, share)
+def test_timesteps_even_in_log_snr_fall_from_the_noisiest_to_nought(steps: int) -> None:
+    schedule = scaled_linear()
+    timesteps = snr_timesteps(schedule, steps)
     assert len(timesteps) == steps
     assert timesteps[0] == 999
     assert steps == 1 or timesteps[-1] == 0
     assert all(a > b for a, b in pairwise(timesteps))
+    if steps == 7:
+        log_snr = np.log(schedule.alpha_bars[timesteps] / (1 - schedule.alpha_bars[timesteps]))
+        np.testing.assert_allclose(np.diff(log_snr), np.diff(log_snr).mean(), rtol=0.15)

@@ -277,9 +277,9 @@ SAMPLERS = {
     "ddim": Sampler(_bundle_ddim, leading_timesteps, 50),
     "ddim-original": Sampler(_original_ddim, original_timesteps, 50),
     "ddpm": Sampler(_all_steps_ddpm, all_timesteps, 1000),
-    "dpm++": Sampler(_few_steps(dpm_solver_pp), snr_timesteps, 15),
-    "unipc": Sampler(_few_steps(unipc), snr_timesteps, 15),
-    "heun": Sampler(_few_steps(heun), snr_timesteps, 10, calls_twice=True),
+    "dpm++": Sampler(_few_steps(dpm_solver_pp), snr_timesteps, 12),
+    "unipc": Sampler(_few_steps(unipc), snr_timesteps, 12),
+    "heun": Sampler(_few_steps(heun), snr_timesteps, 13, calls_twice=True),
 }
 
 

@@ -9,7 +9,7 @@ more than one map is held. Slabs that fit the processor's cache are also faster 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -31,8 +31,8 @@ def decode_in_slabs(autoencoder: Autoencoder, latent_BCXYZ: torch.Tensor, slab_b
     for block in blocks:
         slabs = _through(block, slabs, slab_bytes)
     assert isinstance(norm, nn.GroupNorm)
-    normed = _normalised(slabs, norm, then_silu=False)
-    image = [at_full_precision(last, slab, haloed=True).float() for slab in _haloed(normed)]
+    normed = _haloed(_drained(slabs), _Normalise(slabs, norm, then_silu=False))
+    image = [at_full_precision(last, slab, haloed=True).float() for slab in normed]
     return unfold(torch.cat(image, dim=2), autoencoder.config.fold)
 
 
@@ -42,31 +42,38 @@ def _through(block: nn.Module, slabs: Slabs, slab_bytes: int) -> Slabs:
     if isinstance(block, Upsample):
         # A plane becomes two of four times the size, so slabs are cut before they are doubled.
         cut = (part for slab in _drained(slabs) for part in _cut(slab, slab_bytes // 8))
-        return [block.postconv(slab, haloed=True) for slab in _haloed(cut)]
+        return [block.postconv(slab, haloed=True) for slab in _haloed(cut, _copy)]
     assert isinstance(block, Convolution)
-    return [block(slab, haloed=True) for slab in _haloed(_drained(slabs))]
+    return [block(slab, haloed=True) for slab in _haloed(_drained(slabs), _copy)]
 
 
 def _through_residual(block: ResidualBlock, slabs: Slabs) -> Slabs:
     kept: Slabs = []  # what is added at the end, made while the input is given up
 
     def first() -> Iterator[torch.Tensor]:
-        affine = _affine(slabs, block.norm1)
         for slab in _drained(slabs):
             kept.append(block.nin_shortcut(slab))
-            yield F.silu(_applied(slab, affine), inplace=True)
+            yield slab
 
-    middle = [block.conv1(slab, haloed=True) for slab in _haloed(first())]
-    second = _haloed(_normalised(middle, block.norm2, then_silu=True))
-    return [block.conv2(slab, haloed=True).add_(residual) for slab, residual in zip(second, _drained(kept))]
+    activated = _haloed(first(), _Normalise(slabs, block.norm1, then_silu=True))
+    middle = [block.conv1(slab, haloed=True) for slab in activated]
+    activated = _haloed(_drained(middle), _Normalise(middle, block.norm2, then_silu=True))
+    return [block.conv2(slab, haloed=True).add_(residual) for slab, residual in zip(activated, _drained(kept))]
 
 
-def _normalised(slabs: Slabs, norm: nn.GroupNorm, *, then_silu: bool) -> Iterator[torch.Tensor]:
-    """The slabs after the group norm, as if they were one map; each is given up when it has been read."""
-    affine = _affine(slabs, norm)
-    for slab in _drained(slabs):
-        normed = _applied(slab, affine)
-        yield F.silu(normed, inplace=True) if then_silu else normed
+class _Normalise:
+    """Writes slabs after a group norm, as if they were one map, and SiLU."""
+
+    def __init__(self, slabs: Slabs, norm: nn.GroupNorm, *, then_silu: bool):
+        self._affine = _affine(slabs, norm)
+        self._then_silu = then_silu
+
+    def __call__(self, slab: torch.Tensor, out: torch.Tensor) -> None:
+        normed = _applied(slab, self._affine)
+        if self._then_silu:
+            torch.ops.aten.silu.out(normed, out=out)
+        else:
+            _copy(normed, out)
 
 
 def _affine(slabs: Slabs, norm: nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -104,24 +111,45 @@ def _flat(slab: torch.Tensor) -> torch.Tensor:
     return slab.flatten(2, 3)
 
 
-def _haloed(slabs: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Each slab with the adjoining plane of its neighbours, planes of nought at the ends of the map."""
+def _haloed(
+    slabs: Iterable[torch.Tensor], write: Callable[[torch.Tensor, torch.Tensor], None]
+) -> Iterator[torch.Tensor]:
+    """Each slab, as `write` puts it in its place, between the adjoining planes of its neighbours; planes of nought at
+    the ends of the map. What is yielded holds until the next is asked for: its memory is used again, because memory
+    fresh from the system costs more than what is done in it.
+    """
     before: torch.Tensor | None = None
-    current: torch.Tensor | None = None
-    for after in slabs:
-        if current is not None:
-            before = torch.zeros_like(current[:, :, :1]) if before is None else before
-            yield _joined([before, current, after[:, :, :1]])
-            before = current[:, :, -1:].clone()
-        current = after
-    assert current is not None
-    edge = torch.zeros_like(current[:, :, :1])
-    yield _joined([edge if before is None else before, current, edge])
+    spare: list[torch.Tensor] = []
+    for slab in slabs:
+        current = _room(slab, spare)
+        write(slab, current[:, :, 1:-1])
+        if before is None:
+            current[:, :, :1] = 0
+        else:
+            _copy(before[:, :, -2:-1], current[:, :, :1])
+            _copy(current[:, :, 1:2], before[:, :, -1:])
+            yield before
+            spare.append(before)
+        before = current
+    assert before is not None
+    before[:, :, -1:] = 0
+    yield before
 
 
-def _joined(slabs: list[torch.Tensor]) -> torch.Tensor:
-    """Slabs one after the other along X, joined as they lie in memory: torch joins channels-last volumes slowly."""
-    return torch.cat([slab.permute(0, 2, 3, 4, 1) for slab in slabs], dim=1).permute(0, 4, 1, 2, 3)
+def _room(slab: torch.Tensor, spare: list[torch.Tensor]) -> torch.Tensor:
+    """Room for a slab and a plane at either end, channels last: in a spare of that shape where there is one."""
+    _, channels, planes, *plane = slab.shape
+    shape = (1, planes + 2, *plane, channels)
+    while spare:
+        room = spare.pop()
+        if room.shape == (1, channels, planes + 2, *plane):
+            return room
+    return slab.new_empty(shape).permute(0, 4, 1, 2, 3)
+
+
+def _copy(slab: torch.Tensor, out: torch.Tensor) -> None:
+    """Copies as it lies in memory: torch copies channels-last volumes slowly when told their axes."""
+    out.permute(0, 2, 3, 4, 1).copy_(slab.permute(0, 2, 3, 4, 1))
 
 
 def _drained(slabs: Slabs) -> Iterator[torch.Tensor]:
