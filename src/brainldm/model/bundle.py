@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from brainldm.base.covariates import PAPER_RANGES
+from brainldm.base.covariates import COVARIATES, PAPER_RANGES
 from brainldm.base.errors import BadInput, UsageError
-from brainldm.base.files import atomic_path, locked_folder, make_folder
+from brainldm.base.files import atomic_path, locked_folder
 from brainldm.base.volume import GRIDS, Grid
 from brainldm.model.bundle_layout import Layout, autoencoder_config, layout_of, network_kind, renamed, unet_config
 from brainldm.model.description import (
@@ -29,13 +31,14 @@ from brainldm.model.description import (
     GridDescription,
     LatentDescription,
     LatentDiffusionDescription,
+    ScheduleDescription,
     UNetDescription,
 )
 from brainldm.model.folder import DESCRIPTION_NAME, load_model, save_model
 from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.model.tensors import misfits, shortened
-from brainldm.nets.autoencoder import Autoencoder
-from brainldm.nets.unet import DiffusionUNet
+from brainldm.nets.autoencoder import Autoencoder, AutoencoderConfig
+from brainldm.nets.unet import DiffusionUNet, UNetConfig
 
 Tensors = dict[str, torch.Tensor]
 
@@ -55,6 +58,11 @@ PUBLISHED = {
 }
 PUBLISHED_VERSION = "MONAI model zoo 1.0.3 (31,740 people of UK Biobank)"
 _COPY_AGAIN = "Get the file again, whole; `brainldm fetch ukb` does it where there is a network."
+_PICKLE = b"\x80"
+_NOT_WEIGHTS = {
+    b"<": "a web page, not weights: the download met a login or an error page",
+    b"version https://git-lfs": "a pointer of Git LFS, not weights: the repository was cloned without its large files",
+}
 
 
 @dataclass(frozen=True)
@@ -92,8 +100,12 @@ def import_monai(autoencoder: Path, unet: Path, out: Path) -> ImportSummary:
     try:
         description = _description(ae_config, net_config, grid, {n: r.md5 for n, r in read.items()}, version)
     except ValueError as error:
+        told = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise BadInput(
-            f"the two files do not belong together: {_first_line(error)}", remedy=_COPY_AGAIN, path=unet
+            f"the two files do not belong together ({told}).",
+            remedy="Give the bundle's autoencoder.pt and model.pt.",
+            path=unet,
+            reason="architecture",
         ) from error
     with torch.device("meta"):
         networks = Autoencoder(ae_config), DiffusionUNet(net_config)
@@ -107,30 +119,52 @@ def import_monai(autoencoder: Path, unet: Path, out: Path) -> ImportSummary:
 def export_monai(model: Path, out: Path, layout: Layout = "old") -> list[Path]:
     """Writes a model folder's weights as the bundle's two files, in MONAI's old (the published) or new layout.
 
-    Every value goes out as it came in. UsageError for a model that MONAI's networks cannot hold.
+    Every value goes out as it came in. UsageError for a model that would be another one when read from the two files,
+    and where one of them is there already.
     """
     loaded = load_model(model)
-    if loaded.autoencoder.config.fold != 1:
+    untold = _untold(loaded)
+    if untold:
         raise UsageError(
-            f"its autoencoder folds {loaded.autoencoder.config.fold} voxels into channels, which MONAI's does not.",
-            remedy="Only models with fold 1 can be exported.",
+            f"{untold}, and the bundle has no place to say so.",
+            remedy="Only models that differ from the published one in widths and weights alone can be exported.",
             path=model,
         )
-    if loaded.description.latent.scale != 1.0:
-        raise UsageError(
-            f"its latent scale is {loaded.description.latent.scale}, and the bundle has no place to say so.",
-            remedy="Only models with latent scale 1 can be exported.",
-            path=model,
-        )
-    make_folder(out)
-    written = []
-    for name, network in (("autoencoder", loaded.autoencoder), ("unet", loaded.unet)):
-        tensors = OrderedDict((renamed(key, layout), value.contiguous()) for key, value in network.state_dict().items())
-        path = out / PUBLISHED[name].name
-        with atomic_path(path) as part:
-            torch.save(tensors, part)
-        written.append(path)
-    return written
+    paths = {name: out / file.name for name, file in PUBLISHED.items()}
+    for path in paths.values():
+        if path.exists():
+            raise UsageError("there is such a file already.", remedy="Choose another folder.", path=path)
+    with locked_folder(out):
+        for name, network in (("autoencoder", loaded.autoencoder), ("unet", loaded.unet)):
+            tensors = OrderedDict((renamed(key, layout), t.contiguous()) for key, t in network.state_dict().items())
+            # A file, not its path: given a path, torch hides what the operating system said about a full disk.
+            with atomic_path(paths[name]) as part, part.open("wb") as file:
+                torch.save(tensors, file)
+    return list(paths.values())
+
+
+def _untold(model: LatentDiffusion) -> str:
+    """What of the model neither the bundle's file format nor its tensors' shapes tell; empty where they tell all."""
+    autoencoder, unet, description = model.autoencoder.config, model.unet.config, model.description
+    norms = {(config.norm_groups, config.norm_eps) for config in (autoencoder, unet)}
+    heads = [
+        (width, head)
+        for level, (width, head) in enumerate(zip(unet.channels, unet.head_channels))
+        if unet.attends(level) and head != width
+    ]
+    if autoencoder.fold != 1:
+        return f"its autoencoder folds {autoencoder.fold} voxels along each axis into channels"
+    if norms != {(AutoencoderConfig().norm_groups, AutoencoderConfig().norm_eps)}:
+        return f"its norms have (groups, epsilon) {', '.join(map(str, sorted(norms)))}"
+    if heads:
+        return f"its attention splits {heads[0][0]} channels into heads of {heads[0][1]}"
+    if description.latent.scale != 1.0:
+        return f"its latent scale is {description.latent.scale}"
+    if description.target != "eps":
+        return f"it predicts {description.target} instead of the noise"
+    if description.schedule != ScheduleDescription():
+        return "it has a noise schedule of its own"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -171,30 +205,37 @@ def read_checkpoint(path: Path) -> Tensors:
         raise BadInput("there is no such file.", remedy="Check the path.", path=path, reason="missing")
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
+            return _tensors_of(load_file(path), path)
         except (SafetensorError, OSError, ValueError) as error:
-            raise _damaged(path, error) from error
-    head = path.open("rb").read(512)
-    if head.lstrip()[:1] == b"<":
-        raise BadInput(
-            "is a web page, not weights: the download met a login or an error page.",
-            remedy=_COPY_AGAIN,
-            path=path,
-            reason="not_a_checkpoint",
-        )
+            raise _damaged(path, _first_line(error)) from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise BadInput(f"cannot be read: {error.strerror}.", path=path, reason="unreadable") from error
+    for mark, told in _NOT_WEIGHTS.items():
+        if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(mark):
+            raise BadInput(f"is {told}.", remedy=_COPY_AGAIN, path=path, reason="not_a_checkpoint")
+    if not head:
+        raise _damaged(path, "it is empty")
+    zipped = head.startswith(b"PK")  # torch's format since 2020; before, it was a chain of pickles
+    try:
+        if zipped and not zipfile.is_zipfile(path):
+            raise EOFError("its end is missing")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error).lower() and "unsupported" not in str(error).lower():
-            raise _damaged(path, error) from error
+        called = re.search(r"GLOBAL (\S+)", str(error))
+        if not called and not head.startswith(_PICKLE):
+            raise _damaged(path, "its pickle cannot be read") from error
         raise BadInput(
-            f"holds more than tensors ({_first_line(error)}); nothing of it was executed.",
+            f"holds more than tensors ({called[1] if called else 'a pickle of another kind'}); "
+            "nothing of it was executed.",
             remedy="A file of weights needs no code: do not open this one with other tools unless you trust its maker.",
             path=path,
             reason="unsafe",
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, UnicodeDecodeError) as error:
-        raise _damaged(path, error) from error
+    except Exception as error:  # whatever a damaged pickle makes torch raise
+        raise _damaged(path, _first_line(error)) from error
     return _tensors_of(content, path)
 
 
@@ -215,10 +256,21 @@ def _tensors_of(content: Any, path: Path) -> Tensors:
             "is no state dict: names with tensors.", remedy=_COPY_AGAIN, path=path, reason="not_a_checkpoint"
         )
     tensors = {name.removeprefix("module."): tensor for name, tensor in content.items()}
-    wrong = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    if len(tensors) < len(content):
+        raise BadInput(
+            "holds parameters twice, with `module.` before their names and without.",
+            remedy="Save the one network's state dict by itself.",
+            path=path,
+            reason="ambiguous",
+        )
+    wrong = [name for name, tensor in tensors.items() if not _is_plain(tensor)]
     if wrong:
         raise BadInput(f"{wrong[0]} is not a floating-point tensor.", remedy=_COPY_AGAIN, path=path, reason="damaged")
     return tensors
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
 
 
 def _is_state(content: dict) -> bool:
@@ -227,9 +279,9 @@ def _is_state(content: dict) -> bool:
     )
 
 
-def _damaged(path: Path, error: Exception) -> BadInput:
+def _damaged(path: Path, told: str) -> BadInput:
     return BadInput(
-        f"is truncated or damaged, or is no checkpoint ({_first_line(error)}).",
+        f"is truncated or damaged, or is no checkpoint ({told}).",
         remedy=_COPY_AGAIN,
         path=path,
         reason="damaged",
@@ -237,15 +289,17 @@ def _damaged(path: Path, error: Exception) -> BadInput:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    told = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {told[0][:200]}" if told else type(error).__name__
 
 
 def _fitted(path: Path, name: str, infer: Any, tensors: Tensors) -> Any:
     try:
         return infer({key: tuple(tensor.shape) for key, tensor in tensors.items()})
     except (ValueError, KeyError, IndexError) as error:
+        told = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
         raise BadInput(
-            f"is of another architecture than the {name} of Pinaya et al. 2022 ({_first_line(error)}).",
+            f"is of another architecture than the {name} of Pinaya et al. 2022 ({told}).",
             remedy="Give the bundle's autoencoder.pt and model.pt.",
             path=path,
             reason="architecture",
@@ -254,7 +308,6 @@ def _fitted(path: Path, name: str, infer: Any, tensors: Tensors) -> Any:
 
 def _fill(network: torch.nn.Module, tensors: Tensors, path: Path) -> None:
     faults = misfits(network, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    faults += [f"{name} holds values that are not finite" for name, t in tensors.items() if not torch.isfinite(t).all()]
     if faults:
         raise BadInput(
             f"does not fit the architecture its shapes suggest: {shortened(faults)}.",
@@ -262,17 +315,36 @@ def _fill(network: torch.nn.Module, tensors: Tensors, path: Path) -> None:
             path=path,
             reason="architecture",
         )
-    network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    single: Tensors = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.float()
+        if not torch.isfinite(tensor).all():
+            raise BadInput(
+                f"{name} holds values that are not finite numbers.", remedy=_COPY_AGAIN, path=path, reason="nan"
+            )
+        # Two names for one piece of memory are two parameters here, and safetensors refuses to write them.
+        storage = tensor.untyped_storage().data_ptr()
+        single[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    network.load_state_dict(single, assign=True)
 
 
 def _description(
-    autoencoder: Any, unet: Any, grid: Grid, md5: dict[str, str], version: str | None
+    autoencoder: AutoencoderConfig, unet: UNetConfig, grid: Grid, md5: dict[str, str], version: str | None
 ) -> LatentDiffusionDescription:
+    """What the model folder says of the two; ValueError where they could not make images of the grid together."""
+    latent_CXYZ = autoencoder.latent_shape_CXYZ(grid.shape_XYZ)
+    unet.check_latent(latent_CXYZ[1:])
+    if autoencoder.in_channels != 1:
+        raise ValueError(f"the autoencoder is one of images of {autoencoder.in_channels} channels")
+    if unet.context_features != len(COVARIATES):
+        raise ValueError(f"the U-Net is told {unet.context_features} covariates instead of {len(COVARIATES)}")
     return LatentDiffusionDescription(
         name="ukb-ldm" if version else "monai-import",
         autoencoder=AutoencoderDescription(**vars(autoencoder)),
         unet=UNetDescription(**vars(unet)),
-        latent=LatentDescription(shape_CXYZ=autoencoder.latent_shape_CXYZ(grid.shape_XYZ), scale=1.0),
+        latent=LatentDescription(shape_CXYZ=latent_CXYZ, scale=1.0),
         covariates=CovariatesDescription(ranges=PAPER_RANGES.to_json()),
         grid=GridDescription.of(grid, network_x="right_to_left"),
         preprocessing={"register": "unires", "intensity": "min-max", "skull_stripped": False},

@@ -72,7 +72,7 @@ def autoencoder_config(shapes: Shapes) -> AutoencoderConfig:
     chain = _blocks(shapes, "encoder.blocks.")
     widths: list[int] = []
     per_level: list[int] = [0]
-    for block in range(1, max(chain, default=0) - 1):
+    for block in sorted(chain)[1:-2]:  # between the first convolution and the last norm and convolution
         prefix = f"encoder.blocks.{block}."
         if f"{prefix}conv2.conv.weight" in shapes:
             per_level[-1] += 1

@@ -6,12 +6,14 @@ published one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from brainldm.base.errors import BadInput, EnvironmentProblem
-from brainldm.base.files import make_folder, writing
+from brainldm.base.files import locked_folder, writing
 from brainldm.base.progress import Progress, Quiet
 from brainldm.model.bundle import PUBLISHED, PublishedFile
 
@@ -32,11 +34,11 @@ def fetch_published(
     EnvironmentProblem, with what to do instead, where there is no way to the host; BadInput for a wrong file.
     """
     host = (endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    make_folder(folder)
-    return {
-        kind: _fetch(f"{host}/{REPOSITORY}/resolve/main/models/{file.name}", folder / file.name, file, progress)
-        for kind, file in PUBLISHED.items()
-    }
+    with locked_folder(folder):
+        return {
+            kind: _fetch(f"{host}/{REPOSITORY}/resolve/main/models/{file.name}", folder / file.name, file, progress)
+            for kind, file in PUBLISHED.items()
+        }
 
 
 def _fetch(url: str, path: Path, expected: PublishedFile, progress: Progress) -> Path:
@@ -72,24 +74,37 @@ def _download(url: str, part: Path, expected: PublishedFile, progress: Progress)
     import requests  # no other verb needs it
 
     there = part.stat().st_size if part.exists() else 0
+    # Not compressed: a range would be one of the compressed bytes.
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={there}-"} if there else {})}
+    with _network(url, part), requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_SECONDS) as answer:
+        if answer.status_code == 416:
+            return  # nothing is missing; the md5 will tell
+        answer.raise_for_status()
+        if answer.headers.get("Content-Type", "").startswith("text/html"):
+            raise BadInput(
+                "the host answered with a web page.", remedy=_by_hand(url, part), path=part, reason="not_a_checkpoint"
+            )
+        resumed = answer.status_code == 206
+        total = int(answer.headers.get("Content-Length", 0)) + (there if resumed else 0)
+        progress.start(f"fetching {expected.name} (MB)", total // _BLOCK, there // _BLOCK if resumed else 0)
+        # What requests raises are OSErrors too: the inner one keeps them from being told as a disk's.
+        with writing(part), part.open("ab" if resumed else "wb") as file, _network(url, part):
+            for block in answer.iter_content(_BLOCK):
+                file.write(block)
+                progress.advance()
+
+
+@contextlib.contextmanager
+def _network(url: str, part: Path) -> Iterator[None]:
+    """Where the host cannot be reached or refuses, says so as an EnvironmentProblem with what to do instead."""
+    import requests
+
     try:
-        headers = {"Range": f"bytes={there}-"} if there else {}
-        with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_SECONDS) as answer:
-            if answer.status_code == 416:
-                return  # nothing is missing; the md5 will tell
-            answer.raise_for_status()
-            if answer.headers.get("Content-Type", "").startswith("text/html"):
-                raise BadInput("the host answered with a web page.", remedy=_by_hand(url, part), path=part)
-            resumed = answer.status_code == 206
-            total = int(answer.headers.get("Content-Length", 0)) + (there if resumed else 0)
-            progress.start(f"fetching {expected.name} (MB)", total // _BLOCK, there // _BLOCK if resumed else 0)
-            with writing(part), part.open("ab" if resumed else "wb") as file:
-                for block in answer.iter_content(_BLOCK):
-                    file.write(block)
-                    progress.advance()
+        yield
     except requests.RequestException as error:
+        status = f"HTTP {error.response.status_code}" if error.response is not None else type(error).__name__
         raise EnvironmentProblem(
-            f"cannot reach {url} ({type(error).__name__}).", remedy=_by_hand(url, part), path=part
+            f"cannot get {url} ({status}).", remedy=_by_hand(url, part), path=part, reason="network"
         ) from error
 
 

@@ -173,4 +173,7 @@ def _fill(path: Path, module: torch.nn.Module, device: torch.device, half: Colle
             )
         if not torch.isfinite(tensor).all():
             raise BadInput("holds weights that are not finite numbers.", remedy=_REMEDY, path=path, reason="nan")
-        module.load_state_dict({name: tensor}, assign=True, strict=False)
+        owner, _, parameter = name.rpartition(".")
+        held_by = module.get_submodule(owner)
+        needs_gradient = getattr(held_by, parameter).requires_grad
+        setattr(held_by, parameter, torch.nn.Parameter(tensor, requires_grad=needs_gradient))

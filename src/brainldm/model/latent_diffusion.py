@@ -15,9 +15,10 @@ from brainldm.base.volume import Grid
 from brainldm.diffusion.solvers import SAMPLERS, Denoise, Sampler
 from brainldm.diffusion.target import eps_from_v
 from brainldm.model.description import LatentDiffusionDescription
+from brainldm.model.memory import return_freed_memory
 from brainldm.model.precision import autocast
 from brainldm.nets.autoencoder import Autoencoder
-from brainldm.nets.blocks import forget
+from brainldm.nets.blocks import forget, is_forgotten
 from brainldm.nets.slabs import decode_in_slabs
 from brainldm.nets.unet import DiffusionUNet, with_covariates
 
@@ -50,7 +51,7 @@ class LatentDiffusion:
     """Autoencoder, U-Net and their description: the system of Pinaya et al. 2022, and how it runs here.
 
     `precision` is fp32 or bf16. With `slab_bytes` images are decoded in slabs of about that size. With `reload_unet`
-    the U-Net is given up before decoding and read again by that function, where memory does not hold both.
+    the U-Net is given up before decoding, and read again by that function when it is needed next.
     """
 
     description: LatentDiffusionDescription
@@ -96,11 +97,12 @@ class LatentDiffusion:
         advances by one for each sampling step and each image decoded.
         """
         latent_BCXYZ = self.sample_latents(covariates, noise, SAMPLERS[sampler], steps, progress)
-        if self.reload_unet is not None:
-            forget(self.unet)
+        if self.reload_unet is None:
+            return self.decode(latent_BCXYZ, progress)
+        forget(self.unet)
+        return_freed_memory()
         image_BXYZ = self.decode(latent_BCXYZ, progress)
-        if self.reload_unet is not None:
-            self.reload_unet()
+        return_freed_memory()
         return image_BXYZ
 
     @torch.no_grad()
@@ -113,6 +115,8 @@ class LatentDiffusion:
         progress: Progress = Quiet(),  # noqa: B008  # stateless
     ) -> torch.Tensor:
         """Latents (B, C, x, y, z) in the U-Net's scale, float32."""
+        if self.reload_unet is not None and is_forgotten(self.unet):
+            self.reload_unet()
         shape_CXYZ = tuple(self.description.latent.shape_CXYZ)
 
         def step_noise(step: int) -> torch.Tensor:

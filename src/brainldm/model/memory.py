@@ -1,13 +1,15 @@
 """How much memory sampling takes, and how it is made to fit.
 
 Three things take it: the weights, the U-Net's feature maps, and the decoder's, which at full resolution are gigabytes.
-Two decisions bound it: images are decoded in slabs, so that one map is held where the plain way holds four, and the
-U-Net's weights are given up while an image is decoded. Neither changes the result.
+Two decisions bound it: images are decoded in slabs, so that one map is held where the plain way holds four, and a large
+U-Net's weights are given up while images are decoded (reading them again takes seconds, sampling a batch minutes).
+Neither changes the result.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +24,11 @@ from brainldm.nets.unet import DiffusionUNet, UNetConfig
 
 SLAB_BYTES = 24 << 20  # a few of these fit a processor's cache; larger ones are slower
 _WHOLE_BELOW_BYTES = 2 * SLAB_BYTES  # maps so small are decoded whole
-_SLABS_AT_WORK = 10  # slabs with their neighbours, before and after each operation
+_SLABS_AT_WORK = 28  # slabs with their neighbours before and after each operation, and gaps between them; measured
+_COPIES_WHILE_PACKING = 8  # of the largest weight; measured
 _PLAIN_COPIES = 4  # maps that a whole decode holds at once: input, residual, normalised, convolved
+_KEEPS_UNET_BELOW_BYTES = 256 << 20
+_GAPS = 1.1  # what the C library cannot use again, as a share of all
 _SHARE_OF_FREE = 0.9
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -56,16 +61,21 @@ def plan_memory(
     packs = precision == "bf16" and device.type == "cpu" and packing_works()
     autoencoder, unet = description.autoencoder.build(), description.unet.build()
     grid_XYZ, latent_XYZ = description.grid.shape_XYZ, description.latent.shape_CXYZ[1:]
-    unet_bytes = parameters(unet) * (2 if packs else 4)
+    numbers, largest = parameters(unet)
+    unet_bytes = numbers * (2 if packs else 4)
     sampling = unet_bytes + batch * unet_map_bytes(unet, latent_XYZ)
+    sampling += _COPIES_WHILE_PACKING * largest * 2 if packs else 0
     images = batch * 3 * 4 * _voxels(grid_XYZ)  # images of the batch, and copies on the way to a file
     whole = _PLAIN_COPIES * largest_map_bytes(autoencoder, grid_XYZ, itemsize)
     slabs = slab_peak_bytes(autoencoder, grid_XYZ, itemsize)
     ways = [(None, whole)] if device.type == "cuda" or whole < _PLAIN_COPIES * _WHOLE_BELOW_BYTES else []
+    small = device.type == "cuda" or unet_bytes < _KEEPS_UNET_BELOW_BYTES
     plans = [
-        MemoryPlan(slab_bytes, keeps, held + max(sampling, (unet_bytes if keeps else 0) + decoding + images))
+        MemoryPlan(
+            slab_bytes, keeps, held + int(_GAPS * max(sampling, (unet_bytes if keeps else 0) + decoding + images))
+        )
         for slab_bytes, decoding in [*ways, (SLAB_BYTES, slabs)]
-        for keeps in (True, False)
+        for keeps in ((True, False) if small else (False,))
     ]
     for plan in plans:
         if plan.peak_bytes <= limit:
@@ -93,10 +103,11 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB"
 
 
-def parameters(config: UNetConfig) -> int:
-    """How many numbers the U-Net's weights are."""
+def parameters(config: UNetConfig) -> tuple[int, int]:
+    """How many numbers the U-Net's weights are: all, and the largest of them."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in DiffusionUNet(config).parameters())
+        numbers = [parameter.numel() for parameter in DiffusionUNet(config).parameters()]
+    return sum(numbers), max(numbers)
 
 
 def unet_map_bytes(config: UNetConfig, latent_XYZ: tuple[int, ...]) -> int:
@@ -123,7 +134,9 @@ def slab_peak_bytes(config: AutoencoderConfig, grid_XYZ: tuple[int, ...], itemsi
     maps = list(_decoder_maps(config, grid_XYZ))
     held = [channels * voxels for channels, voxels in maps]
     residual = [2 * config.channels[level] * _level_voxels(config, grid_XYZ, level) for level in _levels(config)]
-    return itemsize * max(*held, *residual) + _SLABS_AT_WORK * SLAB_BYTES
+    _, y, z = grid_XYZ
+    thinnest = itemsize * 2 * config.channels[min(1, len(config.channels) - 1)] * y * z // config.fold**2
+    return itemsize * max(*held, *residual) + _SLABS_AT_WORK * max(SLAB_BYTES, thinnest)
 
 
 def _decoder_maps(config: AutoencoderConfig, grid_XYZ: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -145,6 +158,12 @@ def _level_voxels(config: AutoencoderConfig, grid_XYZ: tuple[int, ...], level: i
 def _voxels(shape_XYZ: tuple[int, ...]) -> int:
     x, y, z = shape_XYZ
     return x * y * z
+
+
+def return_freed_memory() -> None:
+    """Gives freed memory back to the system at once: the C library would keep gigabytes of it for later."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library than GNU's
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _held_and_free(device: torch.device) -> tuple[int, int]:

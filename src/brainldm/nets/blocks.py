@@ -37,8 +37,9 @@ class Convolution(nn.Module):
             x_BCXYZ = double_by_nearest(x_BCXYZ)
         if not haloed or self.conv.kernel_size[0] == 1:
             return self.conv(x_BCXYZ)
-        y_BCXYZ = F.conv3d(x_BCXYZ, self.conv.weight, self.conv.bias, padding=(0, 1, 1))
-        return y_BCXYZ[:, :, 1:-1] if self.doubles else y_BCXYZ
+        if self.doubles:
+            x_BCXYZ = x_BCXYZ[:, :, 1:-1]  # of each neighbour's two planes the nearer one
+        return F.conv3d(x_BCXYZ, self.conv.weight, self.conv.bias, padding=(0, 1, 1))
 
     def _through_packed(self, x_BCXYZ: torch.Tensor, haloed: bool) -> torch.Tensor:
         if self.packed is None:
@@ -104,6 +105,11 @@ def forget(network: nn.Module) -> None:
         if isinstance(module, Convolution):
             module.packed = None
     network.to("meta")
+
+
+def is_forgotten(network: nn.Module) -> bool:
+    """Whether `forget` has been called since the weights were loaded. Norms are never packed, so they tell."""
+    return any(m.weight.device.type == "meta" for m in network.modules() if isinstance(m, nn.GroupNorm))
 
 
 def zeroed(module: nn.Module) -> nn.Module:
