@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import signal
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 COMMAND = [sys.executable, "-c", "from brainldm.cli import main; main()"]
 
@@ -116,3 +118,69 @@ def test_output_is_plain_where_nobody_looks(tiny_run: Path, tmp_path: Path) -> N
     result = run("generate", tiny_run, tmp_path / "out", "--n", 1, "--steps", 1)
     assert "\x1b" not in result.stdout + result.stderr
     assert "1 of 1 brains" in result.stderr
+
+
+def stand_ins(folder: Path) -> tuple[Path, Path]:
+    """Tiny files of the published layout, by MONAI's networks."""
+    from brainldm.nets.autoencoder import AutoencoderConfig
+    from brainldm.nets.unet import UNetConfig
+    from test_nets_autoencoder import monai_autoencoder
+    from test_nets_unet import monai_unet, wake
+
+    unet_config = UNetConfig(channels=(32, 32, 32), head_channels=(0, 32, 32))
+    networks = monai_autoencoder(AutoencoderConfig(channels=(32, 32, 32, 32))), wake(monai_unet(unet_config))
+    paths = folder / "autoencoder.pt", folder / "model.pt"
+    for network, path in zip(networks, paths):
+        torch.save(network.state_dict(), path)
+    return paths
+
+
+def test_published_files_become_a_model_and_go_back(tmp_path: Path) -> None:
+    autoencoder, unet = stand_ins(tmp_path)
+    result = run("import", "monai", "--autoencoder", autoencoder, "--unet", unet, "--out", tmp_path / "model")
+    assert result.returncode == 0, result.stderr
+    assert "not that of the published files" in result.stdout and "Next: brainldm generate" in result.stdout
+    planned = run("generate", tmp_path / "model", tmp_path / "out", "--n", 4, "--age", 63, "--sex", "F",
+                  "--ventricles", "40ml", "--brain", "1450ml", "--dry-run")  # fmt: skip
+    assert planned.returncode == 0, planned.stderr
+    assert "4 brains" in planned.stdout and "of memory" in planned.stdout
+    assert not (tmp_path / "out").exists()
+    result = run("export", "monai", tmp_path / "model", tmp_path / "back", "--layout", "new")
+    assert result.returncode == 0, result.stderr
+    for path in (autoencoder, unet):
+        before, after = (torch.load(p, weights_only=True) for p in (path, tmp_path / "back" / path.name))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    result = run("import", "monai", "--autoencoder", unet, "--unet", autoencoder, "--out", tmp_path / "swapped")
+    assert result.returncode == 3
+    assert "Swap --autoencoder and --unet" in result.stderr
+    assert not (tmp_path / "swapped").exists()
+
+
+def test_the_command_samples_as_the_library_does() -> None:
+    from brainldm.cli import figure, generate
+    from brainldm.diffusion.solvers import DEFAULT_SAMPLER
+
+    for command in (generate, figure):
+        assert inspect.signature(command).parameters["sampler"].default == DEFAULT_SAMPLER
+
+
+def test_fetching_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    result = run("fetch", "ukb", tmp_path / "ukb")
+    assert result.returncode == 5
+    assert "http://127.0.0.1:9/MONAI/" in result.stderr and "copy it to" in result.stderr
+
+
+def test_exact_is_float32_one_at_a_time(tiny_run: Path, tmp_path: Path) -> None:
+    for wrong in (("--precision", "bf16"), ("--batch", 2)):
+        result = run("generate", tiny_run, tmp_path / "out", "--n", 1, "--exact", *wrong)
+        assert result.returncode == 2 and "--exact is float32" in result.stderr
+    for folder in ("a", "b"):
+        assert run("generate", tiny_run, tmp_path / folder, "--n", 2, "--exact", "--steps", 2).returncode == 0
+    images = [sorted((tmp_path / folder).glob("sub-*/anat/*.nii.gz")) for folder in ("a", "b")]
+    assert [p.read_bytes() for p in images[0]] == [p.read_bytes() for p in images[1]]
+    facts = json.loads((tmp_path / "a" / "generation.json").read_text())
+    assert facts["precision"] == "fp32" and facts["batch"] == 1
+    result = run("generate", tiny_run, tmp_path / "c", "--n", 1, "--max-memory", "10MB")
+    assert result.returncode == 5 and "Allow" in result.stderr

@@ -212,6 +212,9 @@ def generate(
     max_memory: Annotated[
         str | None, Parameter(help="Most memory to take, such as 3GB (default: nine tenths of what is free).")
     ] = None,
+    compile_: Annotated[
+        bool, Parameter(name="--compile", help="torch.compile the U-Net (CUDA; pays from some dozens on).", negative="")
+    ] = False,
     dry_run: Annotated[bool, Parameter(help="Print the plan, the time and the memory, and stop.", negative="")] = False,
 ) -> None:
     """Brains of the covariates you ask for, as a BIDS derivative dataset.
@@ -240,23 +243,31 @@ def generate(
     from brainldm.generate.run import generate as run_generation
     from brainldm.generate.start import start
 
-    if exact and (precision == "bf16" or (batch or 1) > 1):
+    if exact and (precision == "bf16" or batch not in (None, 1)):
         raise UsageError("--exact is float32, one brain at a time.", remedy="Leave --precision and --batch out.")
     settings = GenerateSettings(
         seed=seed,
         sampler=sampler,
         steps=steps,
-        batch=batch or (1 if exact else 4),
+        batch=batch if batch is not None else 1 if exact else 4,
         dtype="uint8_unit" if as_bundle else _DTYPES[dtype],
         as_bundle=as_bundle,
     )
     ready = start(
-        model, rows, settings, device=device, precision="fp32" if exact else precision, max_memory=max_memory, say=_say
+        model,
+        rows,
+        settings,
+        device=device,
+        precision="fp32" if exact else precision,
+        max_memory=max_memory,
+        may_shrink_batch=batch is None,
+        compiles=compile_,
+        say=_say,
     )
     if dry_run:
         return
     with _progress() as progress:
-        summary = run_generation(ready.load(), out, rows, settings, progress=progress)
+        summary = run_generation(ready.load(), out, rows, ready.settings, progress=progress)
     again = f", {summary.redrawn} of them drawn again" if summary.redrawn else ""
     _say(f"{summary.made} brains made{again}, {summary.were_there} were there; all {len(rows)} are in {out}.")
 

@@ -22,9 +22,10 @@ from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import stream
 from brainldm.base.tables import write_table
 from brainldm.base.volume import Grid
-from brainldm.diffusion.solvers import SAMPLERS, sampler_named
+from brainldm.diffusion.solvers import DEFAULT_SAMPLER, SAMPLERS, sampler_named
 from brainldm.generate.dataset import as_bundle, bundle_grid, image_name, write_description, write_image
 from brainldm.generate.plan import PlanRow, read_plan, write_plan
+from brainldm.model.description import LatentDiffusionDescription
 from brainldm.model.folder import UNET_NAME
 from brainldm.model.latent_diffusion import LatentDiffusion, RowNoise
 
@@ -36,7 +37,7 @@ class GenerateSettings:
     """How images are made; all of it is recorded, and a dataset is made with one setting."""
 
     seed: int = 0
-    sampler: str = "ddim"
+    sampler: str = DEFAULT_SAMPLER
     steps: int | None = None
     batch: int = 4
     dtype: Dtype = "int16_unit"
@@ -67,7 +68,7 @@ def generate(
     is not finite or empty is drawn again from the row's next stream, up to three times; rows that stay so are listed in
     failures.tsv and PartialFailure is raised after all others are done.
     """
-    _check_settings(model, settings)
+    check_settings(model.description, settings)
     with locked_folder(out):
         facts = _facts(model, settings, len(rows))
         _record_or_compare(out, facts, rows)
@@ -78,7 +79,7 @@ def generate(
         batches = _batches_with_missing(rows, missing, settings.batch)
         each = len(SAMPLERS[settings.sampler].timesteps(model.description.schedule.build(), _steps(settings)))
         progress.start("generating brains (sampling steps)", sum(each + len(batch) for batch in batches))
-        redrawn, failed, grid = 0, [], _written_grid(model, settings)
+        redrawn, failed, grid = 0, [], _written_grid(model.grid, settings)
         for batch in batches:
             images_BXYZ, attempts = _sample_until_sound(model, batch, settings, progress)
             for row, image_XYZ, attempt in zip(batch, images_BXYZ, attempts):
@@ -104,20 +105,20 @@ def generate(
     return GenerateSummary(out, len(missing) - len(failed), len(proven), redrawn)
 
 
-def _check_settings(model: LatentDiffusion, settings: GenerateSettings) -> None:
-    """UsageError for a sampler, a number of steps or a batch that cannot be, before anything is written."""
+def check_settings(description: LatentDiffusionDescription, settings: GenerateSettings) -> None:
+    """UsageError for a sampler, a number of steps, a batch or a form that cannot be, before anything is written."""
     sampler = sampler_named(settings.sampler)
     if settings.batch < 1:
         raise UsageError(f"a batch of {settings.batch} was asked for.", remedy="Ask for at least 1.")
-    _written_grid(model, settings)
     try:
-        sampler.timesteps(model.description.schedule.build(), _steps(settings))
+        sampler.timesteps(description.schedule.build(), _steps(settings))
     except ValueError as error:
         raise UsageError(f"{error}.", remedy="Leave --steps out for the sampler's own number.") from error
+    _written_grid(description.grid.build(), settings)
 
 
-def _written_grid(model: LatentDiffusion, settings: GenerateSettings) -> Grid:
-    return bundle_grid(model.grid) if settings.as_bundle else model.grid
+def _written_grid(grid: Grid, settings: GenerateSettings) -> Grid:
+    return bundle_grid(grid) if settings.as_bundle else grid
 
 
 def _steps(settings: GenerateSettings) -> int:
@@ -138,7 +139,7 @@ def _facts(model: LatentDiffusion, settings: GenerateSettings, n: int) -> dict[s
             "cohort": description.training.get("cohort"),
             "ranges": description.covariates.ranges,
         },
-        "grid": _written_grid(model, settings).to_json(),
+        "grid": _written_grid(model.grid, settings).to_json(),
         "n": n,
         "seed": settings.seed,
         "sampler": settings.sampler,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from brainldm.base.errors import UsageError
-from brainldm.diffusion.solvers import sampler_named
+from brainldm.base.errors import EnvironmentProblem, UsageError
+from brainldm.diffusion.solvers import SAMPLERS
 from brainldm.generate.plan import PlanRow
-from brainldm.generate.run import GenerateSettings
+from brainldm.generate.run import GenerateSettings, check_settings
 from brainldm.model.cost import estimate_seconds
 from brainldm.model.folder import load_model, read_description
 from brainldm.model.latent_diffusion import LatentDiffusion
@@ -25,13 +25,16 @@ class Ready:
     """All that is decided before a model is loaded to sample."""
 
     model: Path
+    settings: GenerateSettings
     device: torch.device
     precision: str
     memory: MemoryPlan
     seconds: float
+    compiles: bool = False
 
     def load(self) -> LatentDiffusion:
-        return load_model(self.model, self.device, precision=self.precision, memory=self.memory)
+        model = load_model(self.model, self.device, precision=self.precision, memory=self.memory)
+        return replace(model, unet=torch.compile(model.unet)) if self.compiles else model  # type: ignore[arg-type]
 
 
 def start(
@@ -42,29 +45,46 @@ def start(
     device: str = "auto",
     precision: str = "auto",
     max_memory: str | None = None,
+    may_shrink_batch: bool = False,
+    compiles: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Ready:
     """Chooses the device and the arithmetic, plans the memory, and tells what the work will take.
 
-    UsageError for what cannot be asked; EnvironmentProblem where the memory does not suffice.
+    With `may_shrink_batch` the batch is halved until the memory suffices. UsageError for what cannot be asked;
+    EnvironmentProblem where the memory does not suffice.
     """
     description = read_description(model)
+    check_settings(description, settings)
+    sampler = SAMPLERS[settings.sampler]
+    steps = sampler.default_steps if settings.steps is None else settings.steps
     where = choose_device(device)
     chosen = choose_precision(precision, where)
+    if compiles and where.type != "cuda":
+        raise UsageError("--compile is for CUDA; on a CPU weights are packed instead.", remedy="Leave --compile out.")
     limit = None if max_memory is None else parse_memory(max_memory)
-    batch = min(settings.batch, len(rows))
-    sampler = sampler_named(settings.sampler)
-    steps = sampler.default_steps if settings.steps is None else settings.steps
-    memory = plan_memory(description, batch=batch, precision=chosen, device=where, limit_bytes=limit)
+    batches = [settings.batch]
+    while may_shrink_batch and batches[-1] > 1:
+        batches.append(batches[-1] // 2)
+    for batch in batches:
+        try:
+            memory = plan_memory(
+                description, batch=min(batch, len(rows)), precision=chosen, device=where, limit_bytes=limit
+            )
+            break
+        except EnvironmentProblem:
+            if batch == batches[-1]:
+                raise
     seconds = estimate_seconds(
         description, images=len(rows), sampler=settings.sampler, steps=steps, device=where, precision=chosen
     )
     brains = "1 brain" if len(rows) == 1 else f"{len(rows)} brains"
+    together = f", {batch} at a time" if len(rows) > 1 else ""
     say(
-        f"{brains}, {steps} {settings.sampler} steps each, on {told_precision(where, chosen)}: "
+        f"{brains}{together}, {steps} {settings.sampler} steps each, on {told_precision(where, chosen)}: "
         f"about {_duration(seconds)} and at most {gigabytes(memory.peak_bytes)} of memory."
     )
-    return Ready(model, where, chosen, memory, seconds)
+    return Ready(model, replace(settings, batch=batch), where, chosen, memory, seconds, compiles)
 
 
 def parse_memory(text: str) -> int:

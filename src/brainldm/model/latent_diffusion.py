@@ -12,7 +12,7 @@ import torch
 from brainldm.base.covariates import CovariateModel, CovariateRanges, Covariates, covariates_array
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.volume import Grid
-from brainldm.diffusion.solvers import SAMPLERS, Denoise, Sampler
+from brainldm.diffusion.solvers import DEFAULT_SAMPLER, SAMPLERS, Denoise, Sampler
 from brainldm.diffusion.target import eps_from_v
 from brainldm.model.description import LatentDiffusionDescription
 from brainldm.model.memory import return_freed_memory
@@ -87,7 +87,7 @@ class LatentDiffusion:
         covariates: Sequence[Covariates],
         noise: Sequence[RowNoise],
         *,
-        sampler: str = "ddim",
+        sampler: str = DEFAULT_SAMPLER,
         steps: int | None = None,
         progress: Progress = Quiet(),  # noqa: B008  # stateless
     ) -> np.ndarray:

@@ -13,6 +13,7 @@ from brainldm.base.files import atomic_path
 from brainldm.base.nifti import read_nifti
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.slices import VIEWS, middle_slice
+from brainldm.diffusion.solvers import DEFAULT_SAMPLER
 
 _LABELS = {"ventricles_mm3": "ventricles", "brain_mm3": "brain"}
 _FIXED = {"sex": 1.0, "age_years": 0.5, "ventricles_mm3": 0.3, "brain_mm3": 0.5}
@@ -58,7 +59,7 @@ def make_figure(
     out: Path,
     *,
     seed: int = 0,
-    sampler: str = "unipc",
+    sampler: str = DEFAULT_SAMPLER,
     steps: int | None = None,
     device: str = "auto",
     precision: str = "auto",
@@ -80,8 +81,17 @@ def make_figure(
     asked = [PlanRow(index, covariates) for index, covariates in enumerate(plan.covariates(ranges))]
     rows = check_ranges(asked, ranges, allow_extrapolation=True)
     settings = GenerateSettings(seed=seed, sampler=sampler, steps=steps, same_noise=True)
-    ready = start(model, rows, settings, device=device, precision=precision, max_memory=max_memory, say=say)
-    generate(ready.load(), out, rows, settings, progress=progress)
+    ready = start(
+        model,
+        rows,
+        settings,
+        device=device,
+        precision=precision,
+        max_memory=max_memory,
+        may_shrink_batch=True,
+        say=say,
+    )
+    generate(ready.load(), out, rows, ready.settings, progress=progress)
     draw_figure(plan, out, ranges)
     return out / "figure.png"
 

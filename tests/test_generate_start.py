@@ -1,0 +1,286 @@
+"""What is told and planned before the first brain, and what imported models need: memory, time, orientation, form."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from brainldm.base.covariates import PAPER_RANGES, Covariates
+from brainldm.base.errors import EnvironmentProblem, UsageError
+from brainldm.base.nifti import read_nifti
+from brainldm.base.volume import GRIDS
+from brainldm.generate.dataset import as_bundle, bundle_grid, image_name
+from brainldm.generate.plan import PlanRow, check_ranges, make_plan
+from brainldm.generate.run import GenerateSettings, generate, row_noise
+from brainldm.generate.sampler_table import compare_samplers
+from brainldm.generate.start import parse_memory, start
+from brainldm.model.cost import estimate_seconds, network_calls, work_of
+from brainldm.model.description import (
+    AutoencoderDescription,
+    CovariatesDescription,
+    GridDescription,
+    LatentDescription,
+    LatentDiffusionDescription,
+    UNetDescription,
+)
+from brainldm.model.folder import load_model, read_description
+from brainldm.model.latent_diffusion import LatentDiffusion
+from brainldm.model.memory import MemoryPlan, plan_memory
+from brainldm.nets.packed import packing_works
+from brainldm.recipes.figures import figure_2, figure_4, make_figure
+
+CPU = torch.device("cpu")
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def published() -> LatentDiffusionDescription:
+    """The description of the published model, without its weights."""
+    return LatentDiffusionDescription(
+        name="published",
+        autoencoder=AutoencoderDescription(),
+        unet=UNetDescription(),
+        latent=LatentDescription(shape_CXYZ=(3, 20, 28, 20), scale=1.0),
+        covariates=CovariatesDescription(ranges=PAPER_RANGES.to_json()),
+        grid=GridDescription.of(GRIDS["paper"], network_x="right_to_left"),
+        preprocessing={},
+        training={},
+        licence="unknown",
+        weights={},
+    )
+
+
+def rows_of(model: LatentDiffusion, n: int) -> list[PlanRow]:
+    return make_plan({}, n=n, seed=0, ranges=model.ranges, joint=model.joint)
+
+
+# ---- time and memory
+
+
+def test_work_is_counted_as_published(published: LatentDiffusionDescription) -> None:
+    work = work_of(published)
+    assert work.unet_call_flop == pytest.approx(1.45e12, rel=0.01)
+    assert work.decode_flop == pytest.approx(15.1e12, rel=0.01)
+
+
+def test_time_grows_with_the_work(tiny_run: Path, published: LatentDiffusionDescription) -> None:
+    def seconds(description: LatentDiffusionDescription, **changes: object) -> float:
+        asked = {"images": 4, "sampler": "ddim", "steps": 50, "device": CPU, "precision": "fp32"} | changes
+        return estimate_seconds(description, **asked)  # type: ignore[arg-type]
+
+    assert seconds(published) > 50 * seconds(read_description(tiny_run), steps=5)
+    assert 4 < seconds(published, steps=500) / seconds(published) < 12
+    assert network_calls("heun", 10) == 19 and network_calls("unipc", 10) == 10
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_plan_keeps_to_the_limit_or_says_what_it_needs(
+    published: LatentDiffusionDescription, precision: str
+) -> None:
+    def plan(limit_bytes: int, batch: int = 1) -> MemoryPlan:
+        return plan_memory(published, batch=batch, precision=precision, device=CPU, limit_bytes=limit_bytes)
+
+    ample = plan(100 * GB)
+    assert ample.peak_bytes < (3.5 if precision == "bf16" else 6) * GB  # MONAI: 10.5 GB
+    assert not ample.keeps_unet and ample.slab_bytes
+    assert plan(ample.peak_bytes + 10**8).peak_bytes <= ample.peak_bytes + 10**8
+    with pytest.raises(
+        EnvironmentProblem, match=r"needs \d\.\d GB of memory, and 1\.0 GB were allowed\. Allow"
+    ) as told:
+        plan(GB, batch=2)
+    assert "smaller --batch" in str(told.value)
+    assert ("--exact" in str(told.value)) == (precision == "fp32")
+
+
+def test_small_models_are_decoded_whole_and_kept(tiny_run: Path) -> None:
+    plan = plan_memory(read_description(tiny_run), batch=4, precision="fp32", device=CPU)
+    assert plan.slab_bytes is None and plan.keeps_unet
+
+
+def test_amounts_of_memory() -> None:
+    assert [parse_memory(t) for t in ("3GB", "512 mb", "2GiB", ".5G")] == [3 * GB, 512 * 10**6, 2 << 30, GB // 2]
+    for wrong in ("3", "0GB", "much", "-1GB", "3GB now"):
+        with pytest.raises(UsageError, match="no amount of memory"):
+            parse_memory(wrong)
+
+
+def test_what_is_told_before_the_first_brain(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, told = rows_of(load_model(tiny_run), 5), []
+    ready = start(tiny_run / "model", rows, GenerateSettings(), precision="fp32", say=told.append)
+    assert len(told) == 1
+    assert told[0].startswith("5 brains, 4 at a time, 12 unipc steps each, on ")
+    assert "about" in told[0] and "GB of memory" in told[0]
+    assert ready.settings.batch == 4
+
+    def hungry(description: LatentDiffusionDescription, *, batch: int, **_: object) -> MemoryPlan:
+        if batch > 1:
+            raise EnvironmentProblem("too much")
+        return MemoryPlan(peak_bytes=1)
+
+    monkeypatch.setattr("brainldm.generate.start.plan_memory", hungry)
+    assert start(tiny_run / "model", rows, GenerateSettings(), may_shrink_batch=True).settings.batch == 1
+    with pytest.raises(EnvironmentProblem, match="too much"):
+        start(tiny_run / "model", rows, GenerateSettings())
+    with pytest.raises(UsageError, match="--compile is for CUDA"):
+        start(tiny_run / "model", rows, GenerateSettings(), device="cpu", compiles=True)
+    for wrong in ({"batch": 0}, {"sampler": "magic"}, {"steps": 0}, {"as_bundle": True}):
+        with pytest.raises(UsageError):
+            start(tiny_run / "model", rows, replace(GenerateSettings(), **wrong))  # type: ignore[arg-type]
+
+
+# ---- precision and residency do not change a brain
+
+
+@pytest.mark.skipif(not packing_works(), reason="this build of torch cannot pack convolutions")
+def test_bf16_gives_nearly_the_same_brains(tiny_run: Path) -> None:
+    exact, fast = load_model(tiny_run), load_model(tiny_run, precision="bf16")
+    people = [row.covariates for row in rows_of(exact, 2)]
+    noise = [row_noise(0, index) for index in range(2)]
+    expected, found = (model.sample(people, noise, steps=5) for model in (exact, fast))
+    rmse = float(np.sqrt(np.square(found - expected).mean()))
+    assert 0 < rmse < 0.02 * float(np.ptp(expected))
+
+
+def test_giving_up_the_unet_between_batches_changes_nothing(tiny_run: Path) -> None:
+    lean = load_model(tiny_run, memory=MemoryPlan(slab_bytes=1 << 30, keeps_unet=False))
+    usual = load_model(tiny_run)
+    people, noise = [Covariates(0, 60.0, 3e4, 1.45e6)], [row_noise(0, 0)]
+    expected = usual.sample(people, noise, steps=3)
+    for _ in range(2):
+        found = lean.sample(people, noise, steps=3)
+        np.testing.assert_allclose(found, expected, atol=1e-5 * float(np.abs(expected).max()))
+    assert next(lean.unet.parameters()).device.type == "meta"
+
+
+# ---- where a brain lies, and in which form
+
+
+def test_a_model_of_images_stored_right_to_left_is_turned(tiny_run: Path) -> None:
+    model = load_model(tiny_run)
+    turned_grid = model.description.grid.model_copy(update={"network_x": "right_to_left"})
+    turned = replace(model, description=model.description.model_copy(update={"grid": turned_grid}))
+    people, noise = [Covariates(0, 60.0, 3e4, 1.45e6)], [row_noise(0, 0)]
+    np.testing.assert_array_equal(turned.sample(people, noise, steps=2), model.sample(people, noise, steps=2)[:, ::-1])
+
+
+def test_the_bundle_s_form_lies_where_the_paper_s_grid_does() -> None:
+    grid = bundle_grid(GRIDS["paper"])
+    assert grid.shape_XYZ == (150, 214, 145)
+    # Read from the uncropped scan, 192 x 256 x 256 stored right to left from 96.48: voxels 21 to 170 of x are kept.
+    np.testing.assert_allclose(grid.origin_mm, (96.48149872 - 170, -141.47715759 + 21, -156.55375671 + 96))
+    with pytest.raises(UsageError, match=r"this model's is 40 x 56 x 40"):
+        bundle_grid(GRIDS["4mm"])
+    image = np.random.default_rng(0).normal(size=(160, 224, 160)).astype(np.float32)
+    found = as_bundle(image)
+    assert found.shape == grid.shape_XYZ and found.min() == 0 and found.max() == 1
+    inside = image[5:155, 5:219, :145]
+    np.testing.assert_allclose(found, (inside - inside.min()) / np.ptp(inside), atol=1e-6)
+    assert np.isfinite(as_bundle(np.zeros((160, 224, 160), np.float32))).all()
+
+
+def test_extrapolated_brains_say_so_themselves(tiny_run: Path, tmp_path: Path) -> None:
+    model = load_model(tiny_run)
+    inside = rows_of(model, 1)[0]
+    far = PlanRow(1, replace(inside.covariates, ventricles_mm3=-1e4))
+    rows = check_ranges([inside, far], model.ranges, allow_extrapolation=True)
+    generate(model, tmp_path, rows, GenerateSettings(sampler="ddim", steps=1, batch=2))
+    sidecars = [(tmp_path / image_name(row)).name.replace(".nii.gz", ".json") for row in rows]
+    paths = [(tmp_path / image_name(row)).with_name(name) for row, name in zip(rows, sidecars)]
+    assert not paths[0].exists()
+    assert json.loads(paths[1].read_text()) == {"Extrapolated": True, "ExtrapolatedCovariates": ["ventricles_mm3"]}
+
+
+# ---- the figures of the paper, and the table of samplers
+
+
+def test_figures_ask_for_what_the_paper_shows() -> None:
+    two, four = figure_2().covariates(PAPER_RANGES), figure_4().covariates(PAPER_RANGES)
+    assert len(two) == 10 and len(four) == 6
+    assert two[0].ventricles_mm3 == pytest.approx(6995.68) and two[4].ventricles_mm3 == pytest.approx(171375.0)
+    assert four[1].ventricles_mm3 == pytest.approx(6995.68 + 1.9 * 164379.32)
+    assert four[2].ventricles_mm3 < 0
+    assert four[5].brain_mm3 == pytest.approx(1144240 - 0.5 * 649670)
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_a_figure_is_a_dataset_and_a_picture(tiny_run: Path, tmp_path: Path, number: int) -> None:
+    picture = make_figure(number, tiny_run / "model", tmp_path / "figure", steps=2, precision="fp32")
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert len(list((tmp_path / "figure").glob("sub-*/anat/*.nii.gz"))) == (10 if number == 2 else 6)
+    again = make_figure(number, tiny_run / "model", tmp_path / "figure", steps=2, precision="fp32")
+    assert again == picture
+
+
+def test_the_table_of_samplers(tiny_run: Path, tmp_path: Path) -> None:
+    compared = {"ddim": (10, 500), "unipc": (10, 40)}
+    table = compare_samplers(tiny_run, tmp_path, n=3, precision="fp32", compared=compared)
+    by = {(row.sampler, row.steps): row for row in table.rows}
+    assert by["ddim", 500].rmse < by["ddim", 10].rmse
+    assert by["unipc", 40].rmse < by["unipc", 10].rmse
+    assert all(row.rmse_low <= row.rmse <= row.rmse_high for row in table.rows)
+    assert table.fewest_calls_as_near_as("ddim", 10).network_calls == 10
+    stored = json.loads((tmp_path / "samplers.json").read_text())
+    assert stored["n"] == 3 and stored["seed"] == 0 and len(stored["rows"]) == 4
+    assert (tmp_path / "samplers.png").exists()
+    assert "unipc" in table.as_text()
+
+
+# ---- at full size
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_peak_is_within_the_plan(published: LatentDiffusionDescription, tmp_path: Path, precision: str) -> None:
+    """A brain of the published size in a process of its own, from random weights: minutes, and 2.3 GB of disk."""
+    from brainldm.model.folder import save_model
+    from brainldm.nets.autoencoder import Autoencoder
+    from brainldm.nets.unet import DiffusionUNet
+
+    save_model(
+        tmp_path,
+        LatentDiffusion(published, Autoencoder(published.autoencoder.build()), DiffusionUNet(published.unet.build())),
+    )
+    script = f"""
+import torch
+from pathlib import Path
+from brainldm.base.covariates import Covariates
+from brainldm.generate.run import row_noise
+from brainldm.model.folder import load_model, read_description
+from brainldm.model.memory import plan_memory
+folder = Path({str(tmp_path)!r})
+plan = plan_memory(read_description(folder), batch=1, precision={precision!r}, device=torch.device("cpu"))
+model = load_model(folder, precision={precision!r}, memory=plan)
+for _ in range(2):
+    model.sample([Covariates(0, 63.0, 4e4, 1.45e6)], [row_noise(0, 0)], sampler="unipc", steps=1)
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+print(plan.peak_bytes, int(peak.split()[1]) * 1024)
+"""
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    planned, taken = map(int, told.split())
+    assert 0.6 * planned < taken <= planned
+
+
+def test_the_written_form_of_a_bundle(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a paper-shaped grid the files are 150 x 214 x 145, 8-bit, and lie where they belong."""
+    model = load_model(tiny_run)
+    shape = GRIDS["paper"].shape_XYZ
+    grid = GridDescription.of(GRIDS["paper"])
+    latent = model.description.latent.model_copy(update={"shape_CXYZ": (3, *(n // 4 for n in shape))})
+    description = model.description.model_copy(update={"grid": grid, "latent": latent})
+    image = np.random.default_rng(0).random((1, *shape)).astype(np.float32)
+    monkeypatch.setattr(LatentDiffusion, "sample", lambda *_, **__: image)
+    settings = GenerateSettings(steps=1, dtype="uint8_unit", as_bundle=True)
+    rows = rows_of(model, 1)
+    generate(replace(model, description=description), tmp_path, rows, settings)
+    written = read_nifti(tmp_path / image_name(rows[0]))
+    np.testing.assert_allclose(written.affine, bundle_grid(GRIDS["paper"]).affine, atol=1e-4)
+    np.testing.assert_allclose(written.data_XYZ, as_bundle(image[0]), atol=1 / 255)
+    assert json.loads((tmp_path / "generation.json").read_text())["grid"]["shape_XYZ"] == [150, 214, 145]
