@@ -148,6 +148,9 @@ def run_monai(work: Path, steps: int, at_best: bool) -> dict[str, Any]:
 
 def run_engine(engine: str, work: Path, steps: int) -> None:
     """In a process of its own: one brain, its arrays and times left in `work`."""
+    if engine == "profile":
+        (work / "profile.json").write_text(json.dumps(run_profile(work)))
+        return
     with torch.no_grad():
         found = {
             "ours": lambda: run_ours(work, steps, "ddim", "bf16"),
@@ -159,6 +162,29 @@ def run_engine(engine: str, work: Path, steps: int) -> None:
     np.save(work / f"{engine}.npy", found.pop("image"))
     found["peak_memory"] = peak_bytes()
     (work / f"{engine}.json").write_text(json.dumps(found))
+
+
+@torch.no_grad()
+def run_profile(work: Path) -> dict[str, Any]:
+    """Seconds by operator of one step and of one decode, as ours: where the time goes. Profiling costs a little."""
+    model = load_model(
+        work / "model",
+        precision="bf16",
+        memory=plan_memory(read_description(work / "model"), batch=1, precision="bf16", device=torch.device("cpu")),
+    )
+    noise = [row_noise(SEED, 0)]
+    latent = model.sample_latents([PERSON], noise, SAMPLERS["ddim"], 1)  # packs the weights
+    found = {}
+    for name, work_to_do in (
+        ("unet_step", lambda: model.sample_latents([PERSON], noise, SAMPLERS["ddim"], 1)),
+        ("decode", lambda: model.decode(latent)),
+    ):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            work_to_do()
+        seconds = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
+        largest = sorted(seconds.items(), key=lambda item: -item[1])
+        found[name] = dict(largest[:10]) | {"all": sum(seconds.values())}
+    return found
 
 
 def peak_bytes() -> int:
@@ -206,6 +232,7 @@ def compare(work: Path, engines: list[str], steps: int) -> dict[str, Any]:
             for engine in engines
             if engine not in ("as_shipped", "ours_few")
         },
+        "profile_seconds": json.loads((work / "profile.json").read_text()),
         "planned_peak_bytes": found["ours"]["planned_peak_bytes"],
         "counts": {
             "steps": steps,
@@ -286,6 +313,7 @@ def main() -> None:
     parser.add_argument("--exact", action="store_true", help="also brainldm --exact, to prove the trajectory")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="5 GB of stand-in weights go here")
     parser.add_argument("--out", type=Path, default=HERE / "results.json")
+    parser.add_argument("--reuse", action="store_true", help="do not run again what an interrupted bench has run")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.engine:
@@ -293,11 +321,15 @@ def main() -> None:
         return
     make_stand_ins(asked.work)
     engines = ["ours", "ours_few", "at_best", "as_shipped", *(["ours_exact"] if asked.exact else [])]
-    for engine in engines:
+    for engine in ["profile", *engines]:
+        if asked.reuse and (asked.work / f"{engine}.json").exists():
+            continue
         print(f"{engine} ...", flush=True)
         call = [sys.executable, __file__, "--engine", engine, "--work", str(asked.work), "--steps", str(asked.steps)]
         subprocess.run(call, check=True)
         found = json.loads((asked.work / f"{engine}.json").read_text())
+        if engine == "profile":
+            continue
         print(f"  {found['volume']:.0f} s a brain, {found['peak_memory'] / 1e9:.2f} GB at most", flush=True)
     results = compare(asked.work, engines, asked.steps)
     write_json(asked.out, results)

@@ -1,0 +1,69 @@
+"""On a CUDA device: the same brains in its arithmetic, and a throughput that can be read off. Run with -m gpu."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from brainldm.generate.plan import make_plan
+from brainldm.generate.run import GenerateSettings, row_noise
+from brainldm.generate.start import start
+from brainldm.model.folder import load_model
+from brainldm.model.latent_diffusion import LatentDiffusion
+from brainldm.nets.autoencoder import Autoencoder, AutoencoderConfig
+from brainldm.nets.slabs import decode_in_slabs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+
+
+def brains(model: LatentDiffusion, n: int = 2) -> np.ndarray:
+    rows = make_plan({}, n=n, seed=0, ranges=model.ranges, joint=model.joint)
+    return model.sample([row.covariates for row in rows], [row_noise(0, row.index) for row in rows], steps=8)
+
+
+def distance(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.sqrt(np.square(found - expected).mean()) / np.ptp(expected))
+
+
+def test_the_same_brains_as_on_a_cpu(tiny_run: Path) -> None:
+    expected = brains(load_model(tiny_run))
+    assert distance(brains(load_model(tiny_run, "cuda")), expected) < 2e-3  # convolutions in TF32
+    assert distance(brains(load_model(tiny_run, "cuda", precision="bf16")), expected) < 0.03
+
+
+def test_a_compiled_unet_is_the_same_unet(tiny_run: Path) -> None:
+    model = load_model(tiny_run, "cuda", precision="bf16")
+    rows = make_plan({}, n=2, seed=0, ranges=model.ranges, joint=model.joint)
+    ready = start(tiny_run / "model", rows, GenerateSettings(), device="cuda", precision="bf16", compiles=True)
+    assert distance(brains(ready.load()), brains(model)) < 0.03
+
+
+@torch.no_grad()
+def test_slabs_are_the_whole_on_a_gpu_too() -> None:
+    network = Autoencoder(AutoencoderConfig(channels=(32, 64, 64))).cuda().eval()
+    latent = torch.randn(1, 3, 5, 7, 5, device="cuda")
+    whole = network.decode(latent)
+    assert (decode_in_slabs(network, latent, 50_000) - whole).abs().max() <= 2e-3 * whole.abs().max()
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_volumes_an_hour(tiny_run: Path, batch: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not a bound but a measurement, printed with the memory it took."""
+    model = replace(load_model(tiny_run, "cuda", precision="bf16"))
+    brains(model, batch)
+    torch.cuda.reset_peak_memory_stats()
+    begun = time.perf_counter()
+    made = brains(model, batch)
+    seconds = time.perf_counter() - begun
+    with capsys.disabled():
+        print(f"\nbatch {batch}: {3600 * len(made) / seconds:.0f} volumes an hour, "  # noqa: T201
+              f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB")  # fmt: skip
+    assert np.isfinite(made).all()
