@@ -120,3 +120,9 @@ def test_training_ranges_forgive_rounding_only() -> None:
 def test_an_estimate_survives_json() -> None:
     found = pearson_r(X, Y)
     assert Estimate.from_json(json.loads(json.dumps(asdict(found)))) == found
+
+
+def test_a_line_through_equal_values_has_no_interval() -> None:
+    line = straight_line([1.0, 2.0, 3.0, 4.0], [5.0, 5.0, 5.0, 5.0])
+    assert line.slope.value == 0 and line.slope.low is None and "measures the same" in line.slope.reason
+    assert line.intercept.value == 5

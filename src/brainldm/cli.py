@@ -147,7 +147,10 @@ def train(
     precision: Precision = "auto",
     dry_run: Annotated[bool, Parameter(help="Print the resolved recipe and stop.", negative="")] = False,
 ) -> None:
-    """A cohort becomes a model. RECIPE is demo, small or paper."""
+    """A cohort becomes a model. RECIPE is demo, small or paper; age or sex trains the judge's predictor instead."""
+    if recipe in ("age", "sex"):
+        _train_predictor(recipe, data, out, steps=steps, minutes=minutes, device=device, precision=precision)
+        return
     from brainldm.recipes import recipe_named
 
     chosen = recipe_named(recipe)
@@ -173,6 +176,19 @@ def train(
         _say(f"{name}: {figures['steps']} of {figures['planned_steps']} steps in {figures['seconds']:.0f} s; {shown}")
     if summary.model:
         _say(f"The model is in {summary.model}. Next: brainldm generate {out} OUT --n 16")
+
+
+def _train_predictor(
+    what: str, data: Path, out: Path, *, steps: int | None, minutes: float | None, device: str, precision: str
+) -> None:
+    from brainldm.train.predictor_run import train_predictor
+
+    with _progress() as progress:
+        predictor = train_predictor(
+            what, data, out, steps=steps, minutes=minutes, device=device, precision=precision, progress=progress
+        )
+    _say(f"On held-out people: {json.dumps(predictor.training['held_out'])}")
+    _say(f"The predictor is in {predictor.folder}.")
 
 
 @app.command
@@ -418,6 +434,9 @@ def evaluate(
     out: Annotated[Path, Parameter(help="Where the scorecard goes.")],
     pairs: Annotated[int, Parameter(help="Random pairs for the diversity figures.")] = 1000,
     runs: Annotated[Path | None, Parameter(help="A training run, to show its learning curves.")] = None,
+    predictor: Annotated[
+        list[Path] | None, Parameter(help="A run of `brainldm train age` or `sex`; can be given for each.")
+    ] = None,
     max_real: Annotated[int, Parameter(help="Most real people to measure; copies are looked for among all.")] = 200,
     hide_real: Annotated[bool, Parameter(help="Show no slice of a real person on the page.", negative="")] = False,
     seed: int = 0,
@@ -437,6 +456,7 @@ def evaluate(
             workers=workers,
             max_real=max_real,
             runs=runs,
+            predictors=predictor or (),
             show_real=not hide_real,
             progress=progress,
         )
@@ -444,6 +464,27 @@ def evaluate(
     _say(f"The scorecard is in {out}. Next: brainldm report {out}")
     if scorecard.failures:
         raise PartialFailure(f"{len(scorecard.failures)} images could not be judged; see failures.tsv.", path=out)
+
+
+@app.command
+def measure(
+    study: Path,
+    out: Path,
+    /,
+    *,
+    against: Annotated[
+        str | None,
+        Parameter(help="A column of participants.tsv that holds the ventricular volume somebody else found."),
+    ] = None,
+    workers: Workers = 1,
+) -> None:
+    """Ventricular and brain volume of scans, without trained weights; and how well that agrees with others."""
+    from brainldm.evaluate.instrument import check_instrument
+
+    with _progress() as progress:
+        check = check_instrument(study, out, against=against, workers=workers, progress=progress)
+    _say(check.as_text())
+    _say(f"A row a scan is in {out / 'measured.tsv'}.")
 
 
 @app.command

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from brainldm.evaluate.estimate import Estimate, mean, pearson_r, straight_line
+from brainldm.evaluate.estimate import Estimate, area_under_curve, mean, pearson_r, straight_line
+from brainldm.evaluate.examine import Examined
+from brainldm.evaluate.measuring import Measurements
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,16 @@ def agreement(asked: Sequence[float | None], measured: Sequence[float | None]) -
         mean([abs(error) for error in errors], at_least=0.0),
         mean(errors),
     )
+
+
+def sex_told(images: Sequence[Examined], by: Measurements) -> Estimate:
+    """How well the predicted probability of being male tells the images known as male from those known as female."""
+    scores: dict[str, list[float]] = {"F": [], "M": []}
+    for look in images:
+        value = by.value(look, "sex")
+        if value is not None and look.image.sex in scores:
+            scores[look.image.sex].append(value)
+    return area_under_curve(scores["F"], scores["M"])
 
 
 @dataclass(frozen=True)

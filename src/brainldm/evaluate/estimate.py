@@ -96,6 +96,8 @@ def straight_line(x: Sequence[float], y: Sequence[float]) -> Line:
     t = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 2))
 
     def around(value: float, standard_error: float) -> Estimate:
+        if not math.isfinite(standard_error):
+            return Estimate(value, n=n, reason="every image measures the same, so there is no interval")
         return Estimate(value, value - t * standard_error, value + t * standard_error, n, "t of the regression")
 
     return Line(
@@ -177,6 +179,25 @@ def median(values: ArrayLike) -> Estimate:
     if k < 1:
         return Estimate(centre, n=n, reason="an interval of the median needs at least 6 images")
     return Estimate(centre, float(data[k - 1]), float(data[n - k]), n, "order statistics")
+
+
+def area_under_curve(scores_of_0: Sequence[float], scores_of_1: Sequence[float]) -> Estimate:
+    """Higher is better, 1 is perfect, 0.5 is chance: how often a member of class 1 scores above one of class 0 (ties
+    half), with the interval of Hanley and McNeil 1982."""
+    zeros, ones = np.asarray(scores_of_0, dtype=np.float64), np.asarray(scores_of_1, dtype=np.float64)
+    n0, n1 = len(zeros), len(ones)
+    if min(n0, n1) == 0:
+        return Estimate.none("only one of the two classes was asked for", n0 + n1)
+    area = float(stats.mannwhitneyu(ones, zeros).statistic) / (n0 * n1)
+    if min(n0, n1) < 2:
+        return Estimate(area, n=n0 + n1, reason="an interval needs at least 2 images of each class")
+    two_ones, two_zeros = area / (2 - area), 2 * area**2 / (1 + area)
+    spread = area * (1 - area) + (n1 - 1) * (two_ones - area**2) + (n0 - 1) * (two_zeros - area**2)
+    half = float(stats.norm.ppf(0.5 + CONFIDENCE / 2)) * math.sqrt(max(0.0, spread) / (n0 * n1))
+    if half == 0:  # no errors among so few: Wilson's bound on the share of pairs ordered rightly
+        low = float(stats.binomtest(min(n0, n1), min(n0, n1)).proportion_ci(CONFIDENCE, method="wilson").low)
+        return Estimate(area, low if area > 0.5 else 0.0, 1.0 if area > 0.5 else 1 - low, n0 + n1, "Wilson, no errors")
+    return Estimate(area, max(0.0, area - half), min(1.0, area + half), n0 + n1, "Hanley-McNeil")
 
 
 def share(count: int, n: int) -> Estimate:

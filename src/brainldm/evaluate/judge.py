@@ -12,7 +12,7 @@ from brainldm.base.errors import BadInput
 from brainldm.base.manifest import Manifest
 from brainldm.base.progress import Progress
 from brainldm.base.streams import stream
-from brainldm.evaluate.conditioning import Agreement, TrainingRanges, agreement
+from brainldm.evaluate.conditioning import Agreement, TrainingRanges, agreement, sex_told
 from brainldm.evaluate.distribution import brain_mask, intensity_distance, mean_image_distance
 from brainldm.evaluate.diversity import Diversity, diversity
 from brainldm.evaluate.examine import Examination, Examined, Sketch, examine
@@ -27,6 +27,7 @@ from brainldm.evaluate.rows import (
     distance_rows,
     diversity_rows,
     memorisation_rows,
+    sex_rows,
     volume_rows,
 )
 
@@ -63,6 +64,7 @@ class Judge:
     workers: int
     max_real: int
     progress: Progress
+    predictors: Mapping[str, Instrument] = field(default_factory=dict)  # by covariate: age_years, sex
     failures: list[Failure] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -93,7 +95,10 @@ class Judge:
         write_measured(self.out / "measured_reference.tsv", real.images, measured_real, known_as="recorded")
 
         # The judgements
-        rows = self.conditioning(synthetic, real, measured, measured_real, outside)
+        found = dict.fromkeys(MEASURED, (measured, measured_real))
+        for name, predictor in self.predictors.items():
+            found[name] = self.predicted(synthetic, "synthetic", predictor), self.predicted(real, "real", predictor)
+        rows = self.conditioning(synthetic, real, found, outside)
         rows += self.diversity(synthetic, real, grid)
         rows += self.distribution(synthetic, real, measured, measured_real)
         copies = None
@@ -139,17 +144,25 @@ class Judge:
         return found
 
     def measured(self, found: Examination, side: str) -> Measurements:
+        measured = self.asked_of(self.instrument, found.images, side)
+        self.failures += measured.failures
+        return measured
+
+    def predicted(self, found: Examination, side: str, predictor: Instrument) -> Measurements:
+        """What a predictor says of the images; of real people only of those held out, since it has learnt the rest."""
+        unseen = [look for look in found.images if side == "synthetic" or look.image.split != "train"]
+        return self.asked_of(predictor, unseen, side)
+
+    def asked_of(self, instrument: Instrument, images: Sequence[Examined], side: str) -> Measurements:
         with self.timed("measuring"):
-            measured = measure(
-                found.images,
+            return measure(
+                images,
                 side,
-                self.instrument,
+                instrument,
                 Manifest(self.out / "measured.jsonl"),
                 workers=self.workers,
                 progress=self.progress,
             )
-        self.failures += measured.failures
-        return measured
 
     def outside_training(self) -> Callable[[Examined], tuple[str, ...] | None]:
         """Which covariates of an image lie outside the training range: as its plan says, or else as the training people
@@ -170,12 +183,17 @@ class Judge:
         self,
         synthetic: Examination,
         real: Examination,
-        measured: Measurements,
-        measured_real: Measurements,
+        found: Mapping[str, tuple[Measurements, Measurements]],
         outside: Callable[[Examined], tuple[str, ...] | None],
     ) -> list[Row]:
         rows = []
-        for covariate in MEASURED:
+        for covariate, (measured, measured_real) in found.items():
+            if covariate == "sex":
+                rows += sex_rows(
+                    sex_told(synthetic.images, measured),
+                    None if self.people is None else sex_told(real.images, measured_real),
+                )
+                continue
 
             def compared(looks: Sequence[Examined], by: Measurements, name: str = covariate) -> Agreement:
                 known = [look.image.covariates.get(name) for look in looks]

@@ -125,6 +125,24 @@ def conditioning_rows(covariate: str, groups: dict[str, Agreement], instrument: 
     return rows
 
 
+def sex_rows(synthetic: Estimate, real: Estimate | None) -> list[Row]:
+    """How well a classifier trained on real people tells the sex that was asked for."""
+    return [
+        Row(
+            "conditioning",
+            "sex.auc",
+            "Sex: area under the curve",
+            PLAIN,
+            "1",
+            "How often a brain asked for as male looks more male to the classifier than one asked for as female. 0.5 "
+            "is chance; the classifier's own figure on real people is what can be reached.",
+            synthetic,
+            real,
+            "classifier alone",
+        )
+    ]
+
+
 def diversity_rows(synthetic: Diversity, real: Diversity | None) -> list[Row]:
     """MS-SSIM between synthetic and between real images, and how far apart the two are."""
     apart = None

@@ -121,6 +121,7 @@ def evaluate_dataset(
     workers: int | None = None,
     max_real: int = 200,
     runs: str | Path | None = None,
+    predictors: Sequence[str | Path] = (),
     show_real: bool = True,
     progress: Progress = Quiet(),  # noqa: B008  # stateless
 ) -> Scorecard:
@@ -128,8 +129,9 @@ def evaluate_dataset(
 
     `measure` finds volumes in images (by default the one without trained weights). At most `max_real` real images,
     drawn at random, are measured and compared as a set; the search for copies looks at every training image. `runs` is
-    a training run whose curves go along. Images that cannot be judged are listed in failures.tsv (and in `.failures`)
-    and the rest is judged; BadInput when there is nothing to judge.
+    a training run whose curves go along; `predictors` are folders of trained predictors of age and sex. Images that
+    cannot be judged are listed in failures.tsv (and in `.failures`) and the rest is judged; BadInput when there is
+    nothing to judge.
     """
     synth, real, out = Path(synth), None if real is None else Path(real), Path(out)
     if pairs < 1 or max_real < 1:
@@ -139,7 +141,9 @@ def evaluate_dataset(
     people = None if real is None else open_images(real, "real")
     curves = None if runs is None else learning_curves(Path(runs))
     crew = workers or usable_cpus()
-    judge = Judge(made, people, out, measure or _default_measure(), pairs, seed, crew, max_real, progress)
+    trained = _read_predictors(predictors)
+    instrument = measure or _default_measure()
+    judge = Judge(made, people, out, instrument, pairs, seed, crew, max_real, progress, trained)
     with locked_folder(out):
         found = judge.run(show_real=show_real)
         card = _scorecard(judge, found)
@@ -158,6 +162,7 @@ def _scorecard(judge: Judge, found: Findings) -> Scorecard:
             "rule": "the coarser of the two folders' most common grids",
         },
         "instrument": judge.instrument.name,
+        "predictors": {name: predictor.name for name, predictor in judge.predictors.items()},
         "pairs": judge.pairs,
         "max_real": judge.max_real,
         "ms_ssim": {
@@ -228,6 +233,14 @@ def _write(out: Path, card: Scorecard) -> None:
     write_table(out / "scorecard.tsv", printed.TSV_COLUMNS, printed.tsv_rows(card.rows))
     write_text(out / "scorecard.md", printed.as_markdown(card.rows, card.warnings, card.failures))
     write_json(out / "scorecard.json", card.to_json())  # last: it is what says that the evaluation is whole
+
+
+def _read_predictors(folders: Sequence[str | Path]) -> dict[str, Instrument]:
+    if not folders:
+        return {}
+    from brainldm.cohort.predictor import read_predictor  # imports torch, which takes a second
+
+    return {predictor.target: predictor for predictor in map(read_predictor, map(Path, folders))}
 
 
 def _default_measure() -> Instrument:

@@ -56,6 +56,19 @@ class DiffusionStageConfig:
 
 
 @dataclass(frozen=True)
+class PredictorConfig:
+    """A predictor of age or sex: stochastic gradient descent with momentum, as Cole et al. 2017."""
+
+    steps: int = 2000
+    batch: int = 8
+    learning_rate: float = 0.01
+    warmup_steps: int = 50
+    weight_decay: float = 5e-5
+    gradient_clip: float = 5.0
+    shift_voxels: int = 2
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole run. `minutes_share` is how a time budget is divided between the stages."""
 

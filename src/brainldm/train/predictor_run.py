@@ -1,0 +1,140 @@
+"""A predictor of age or sex from a prepared cohort: train, judge on held-out people, write its folder.
+
+RUN/run.json         what was asked, on which cohort
+RUN/predictor/       log, previews and checkpoints of the training; predictor.json and the weights once it is done
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+import brainldm
+from brainldm.base.errors import UsageError
+from brainldm.base.files import locked_folder, read_json, write_json
+from brainldm.base.progress import Progress, Quiet
+from brainldm.base.streams import stream
+from brainldm.cohort.dataset import PreparedCohort, VolumeDataset, check_trainable
+from brainldm.cohort.predictor import Predictor, Target, write_predictor
+from brainldm.model.precision import choose_device, choose_precision
+from brainldm.train.config import PredictorConfig
+from brainldm.train.loop import run_stage
+from brainldm.train.predictor_stage import PredictorStage
+
+TARGETS: dict[str, Target] = {"age": "age_years", "sex": "sex"}
+_RESAMPLINGS = 2000
+
+
+def train_predictor(
+    what: str,
+    data: Path,
+    out: Path,
+    *,
+    config: PredictorConfig = PredictorConfig(),  # noqa: B008  # frozen
+    steps: int | None = None,
+    minutes: float | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    progress: Progress = Quiet(),  # noqa: B008  # stateless
+) -> Predictor:
+    """Trains the predictor of `what` (age or sex) on the training people of the cohort `data`, and tells how well it
+    does on everybody held out. Goes on where an interrupted run stopped; UsageError where `out` holds another run."""
+    target = TARGETS[what]
+    config = config if steps is None else replace(config, steps=steps)
+    cohort = PreparedCohort.open(data)
+    people, validation = VolumeDataset(cohort, "train"), VolumeDataset(cohort, "validation")
+    config = replace(config, batch=min(config.batch, max(2, len(people) // 2)))
+    check_trainable(people, config.batch)
+    _check_varied(people, target)
+    where = choose_device(device)
+    with locked_folder(out):
+        _record(out, {"predictor": what, "config": asdict(config), "seed": seed, "cohort": cohort.digest})
+        stage = PredictorStage(
+            target,
+            config,
+            people,
+            validation,
+            shape_XYZ=cohort.grid.shape_XYZ,
+            seed=seed,
+            device=where,
+            precision=choose_precision(precision, where, trained_side=1),
+        )
+        summary = run_stage(stage, out / stage.name, minutes=minutes, progress=progress)
+        predictor = Predictor(
+            target,
+            cohort.grid,
+            stage.network.config.channels,
+            stage.offset,
+            stage.scale,
+            {
+                "cohort": cohort.name,
+                "training_images": len(people),
+                "steps": summary["steps"],
+                "seed": seed,
+                "held_out": held_out_figures(stage, cohort, seed),
+                "software": {"brainldm": brainldm.__version__, "torch": torch.__version__},
+            },
+            out / "predictor",
+        )
+        return write_predictor(out / "predictor", predictor, stage.network)
+
+
+def _check_varied(people: VolumeDataset, target: Target) -> None:
+    values = {getattr(row, target) for row in people.covariates}
+    if len(values) < 2:
+        raise UsageError(
+            f"everybody in the training split has the same {target}: there is nothing to learn.",
+            remedy="Prepare people who differ in it.",
+            path=people.cohort.folder,
+        )
+
+
+def _record(out: Path, wanted: dict[str, Any]) -> None:
+    path = out / "run.json"
+    if path.is_file():
+        there = read_json(path)
+        if {**there, "config": {**there.get("config", {}), "steps": 0}} != {
+            **wanted,
+            "config": {**wanted["config"], "steps": 0},
+        }:
+            raise UsageError("this folder holds another run.", remedy="Choose another --out.", path=out)
+    elif out.is_dir() and any(out.glob("[!.]*")):
+        raise UsageError("the folder is not empty and is no training run.", remedy="Choose another --out.", path=out)
+    write_json(path, wanted)
+
+
+def held_out_figures(stage: PredictorStage, cohort: PreparedCohort, seed: int) -> dict[str, Any]:
+    """How well it does on the people it has not seen (validation and test), with 95 % bootstrap intervals over people:
+    r and mean absolute error of age, or the area under the curve of sex. None where there are too few to say."""
+    sets = [VolumeDataset(cohort, split) for split in ("validation", "test")]
+    known = np.array([getattr(row, stage.target) for people in sets for row in people.covariates], dtype=float)
+    found = np.concatenate([stage.predictions(people) for people in sets])
+    figures: dict[str, Any] = {"n": len(known), "seed": seed}
+    measures = {"auc": _auc} if stage.target == "sex" else {"r": _r, "mae_years": _mae}
+    draws = stream(seed, "predictor/held-out").integers(0, max(1, len(known)), (_RESAMPLINGS, len(known)))
+    for name, measure in measures.items():
+        values = [v for draw in draws if (v := measure(known[draw], found[draw])) is not None] if len(known) > 3 else []
+        interval = np.percentile(values, [2.5, 97.5]).tolist() if len(values) > _RESAMPLINGS / 2 else None
+        figures[name] = {"value": measure(known, found), "interval_95": interval}
+    return figures
+
+
+def _r(known: np.ndarray, found: np.ndarray) -> float | None:
+    if len(known) < 3 or np.ptp(known) == 0 or np.ptp(found) == 0:
+        return None
+    return float(stats.pearsonr(known, found).statistic)
+
+
+def _mae(known: np.ndarray, found: np.ndarray) -> float | None:
+    return float(np.abs(known - found).mean()) if len(known) else None
+
+
+def _auc(known: np.ndarray, found: np.ndarray) -> float | None:
+    return float(roc_auc_score(known, found)) if np.unique(known).size == 2 else None

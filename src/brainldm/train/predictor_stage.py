@@ -1,0 +1,131 @@
+"""Training the predictors of age and sex (Cole et al. 2017): the judge's trained instruments.
+
+    age: mean absolute error in years / the training people's standard deviation; sex: binary cross-entropy
+
+Images are shifted by a few voxels along each axis, as the authors did; nothing else is done to them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from brainldm.base.streams import stream
+from brainldm.cohort.dataset import VolumeDataset
+from brainldm.cohort.predictor import Target
+from brainldm.model.precision import autocast
+from brainldm.nets.cole import ColeConfig, ColeNet
+from brainldm.train.batches import BatchOrder
+from brainldm.train.checkpoint import module_tensors, optimiser_tensors, restore_module, restore_optimiser
+from brainldm.train.config import PredictorConfig
+from brainldm.train.loop import learning_rate_factor
+
+
+class PredictorStage:
+    """The network and how one step trains it."""
+
+    def __init__(
+        self,
+        target: Target,
+        config: PredictorConfig,
+        train: VolumeDataset,
+        validation: VolumeDataset,
+        *,
+        shape_XYZ: tuple[int, int, int],
+        seed: int,
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        self.name, self.target, self.config, self.train, self.validation = (
+            "predictor",
+            target,
+            config,
+            train,
+            validation,
+        )
+        self.steps, self.seed, self.device, self.precision = config.steps, seed, device, precision
+        self.order = BatchOrder(seed, len(train), config.batch)
+        labels = self._labels(train)
+        self.offset, self.scale = (float(labels.mean()), float(labels.std())) if target == "age_years" else (0.0, 1.0)
+        torch.manual_seed(int(stream(seed, "predictor-weights").integers(2**31)))
+        self.network = ColeNet(ColeConfig.fitting(shape_XYZ))
+        self.network.to(device=device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        self.optimiser = torch.optim.SGD(
+            self.network.parameters(), lr=config.learning_rate, momentum=0.9, weight_decay=config.weight_decay
+        )
+
+    def _labels(self, people: VolumeDataset) -> np.ndarray:
+        return np.array([getattr(row, self.target) for row in people.covariates], dtype=np.float64)
+
+    def step(self, step: int) -> dict[str, float]:
+        members = self.order.members(step)
+        self.optimiser.param_groups[0]["lr"] = self.config.learning_rate * learning_rate_factor(
+            step, warmup_steps=self.config.warmup_steps, total_steps=self.steps, cosine_decay=True
+        )
+        wanted = torch.from_numpy((self._labels(self.train)[members] - self.offset) / self.scale).float()
+        self.network.train()
+        self.optimiser.zero_grad(set_to_none=True)
+        with autocast(self.device, self.precision):
+            found = self.network(self._shifted(members, step)).float()
+        loss = self._loss(found, wanted.to(self.device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.gradient_clip)
+        self.optimiser.step()
+        return {"loss": loss.item()}
+
+    def _loss(self, found_B: torch.Tensor, wanted_B: torch.Tensor) -> torch.Tensor:
+        if self.target == "sex":
+            return F.binary_cross_entropy_with_logits(found_B, wanted_B)
+        return F.l1_loss(found_B, wanted_B)
+
+    def _shifted(self, members: list[int], step: int) -> torch.Tensor:
+        """The batch, each image moved by up to `shift_voxels` along each axis; what comes in from outside is 0."""
+        most = self.config.shift_voxels
+        shifts = stream(self.seed, "predictor-shifts", step).integers(-most, most + 1, (len(members), 3))
+        moved = []
+        for index, shift in zip(members, shifts.tolist()):
+            padded = np.pad(self.train.image_XYZ(index), most)
+            start = [most + s for s in shift]
+            moved.append(padded[tuple(slice(s, n - 2 * most + s) for s, n in zip(start, padded.shape))])
+        return self._tensor(np.stack(moved))
+
+    def _tensor(self, images_BXYZ: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(images_BXYZ, dtype=np.float32))[:, None]
+        return tensor.to(self.device).contiguous(memory_format=torch.channels_last_3d)
+
+    @torch.no_grad()
+    def predictions(self, people: VolumeDataset) -> np.ndarray:
+        """Years, or the probability of being male, one a person."""
+        self.network.eval()
+        numbers = []
+        for index in range(len(people)):
+            numbers.append(self.network(self._tensor(people.image_XYZ(index)[None])).item())
+        found = self.offset + self.scale * np.array(numbers)
+        return found if self.target == "age_years" else 1 / (1 + np.exp(-np.clip(found, -60, 60)))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return module_tensors("predictor", self.network) | optimiser_tensors("predictor", self.optimiser)
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        restore_module("predictor", self.network, tensors)
+        restore_optimiser("predictor", self.optimiser, tensors)
+
+    def batch_names(self, step: int) -> list[str]:
+        return [self.train.names[i] for i in self.order.members(step)]
+
+    def preview(self, path: Path) -> None:
+        """Known against predicted, held-out people where there are any."""
+        from matplotlib.figure import Figure
+
+        from brainldm.base.files import atomic_path
+
+        people = self.validation if len(self.validation) else self.train
+        figure = Figure(figsize=(4, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.scatter(self._labels(people), self.predictions(people), s=12)
+        axes.set(xlabel=f"{self.target}, known", ylabel="predicted")
+        with atomic_path(path) as part:
+            figure.savefig(part, dpi=100, format="png")

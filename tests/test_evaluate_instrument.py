@@ -1,0 +1,59 @@
+"""The instrument against others: on made-up scans, and on real ones where they are at hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from brainldm.base.errors import PartialFailure, UsageError
+from brainldm.base.tables import read_table, write_table
+from brainldm.base.volume import Volume
+from brainldm.cohort.measure import Measured
+from brainldm.evaluate.instrument import check_instrument
+
+
+class Sum:
+    """An instrument whose answers are known: the sum of all voxels."""
+
+    name = "sum"
+
+    def __call__(self, image: Volume) -> Measured:
+        return Measured(float(image.data_XYZ.sum()), 1.0, 1.0, 1.0)
+
+
+def test_measured_against_known(tiny_cohort: Path, tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    study.mkdir()
+    first = check_instrument(tiny_cohort, tmp_path / "first", instrument=Sum())
+    assert first.agreement is None and first.measured == 10
+    found = read_table(tmp_path / "first" / "measured.tsv")
+    rows = [
+        {"participant_id": cells["participant_id"], "known": 2 * (found.number(row, "ventricles_mm3") or 0)}
+        for row, cells in enumerate(found.rows)
+    ]
+    for cells in found.rows:
+        (study / cells["participant_id"]).mkdir()
+        (study / cells["participant_id"] / Path(cells["file"]).name).symlink_to(tiny_cohort / cells["file"])
+    write_table(study / "participants.tsv", ("participant_id", "known"), rows)
+    check = check_instrument(study, tmp_path / "out", against="known", instrument=Sum())
+    assert check.agreement is not None
+    assert check.agreement.pearson_r.value == pytest.approx(1) and check.agreement.slope.value == pytest.approx(0.5)
+    assert "pearson_r: 1" in check.as_text()
+    assert json.loads((tmp_path / "out" / "instrument.json").read_text())["agreement"]["pearson_r"]["n"] == 10
+    with pytest.raises(UsageError, match="no column 'nothing'"):
+        check_instrument(study, tmp_path / "out2", against="nothing", instrument=Sum())
+    (study / "sub-00" / "sub-00_T1w.nii.gz").write_bytes(b"no image")
+    with pytest.raises(PartialFailure, match="1 of 11 scans"):
+        check_instrument(study, tmp_path / "out", against="known", instrument=Sum())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ventricles_of_real_people_against_manual_labels(real_data: Path, tmp_path: Path) -> None:
+    """What docs/measuring.md says of 17 OASIS brains."""
+    check = check_instrument(real_data / "oasis17", tmp_path / "out", against="manual_ventricles_mm3", workers=2)
+    assert check.agreement is not None and check.agreement.pearson_r.n == 17
+    assert (check.agreement.pearson_r.value or 0) > 0.99
+    assert (check.agreement.absolute_error.value or 1e9) < 2200

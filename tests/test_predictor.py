@@ -1,0 +1,138 @@
+"""Age and sex from a brain: the net, its training, its folder, and what the judge makes of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from brainldm.base.errors import BadInput, UsageError
+from brainldm.base.nifti import read_nifti
+from brainldm.cohort.dataset import PreparedCohort, VolumeDataset
+from brainldm.cohort.predictor import Predictor, read_predictor
+from brainldm.evaluate.estimate import area_under_curve
+from brainldm.nets.cole import ColeConfig, ColeNet
+from brainldm.train.config import PredictorConfig
+from brainldm.train.predictor_run import train_predictor
+
+QUICK = PredictorConfig(steps=6, batch=4, warmup_steps=0)
+
+
+@pytest.fixture(scope="module")
+def age(tiny_cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    return train_predictor("age", tiny_cohort, tmp_path_factory.mktemp("age") / "run", config=QUICK)
+
+
+def test_the_published_widths_and_what_fits() -> None:
+    assert ColeConfig.fitting((160, 224, 160)) == ColeConfig((160, 224, 160), (8, 16, 32, 64, 128))
+    net = ColeNet(ColeConfig.fitting((160, 224, 160)))
+    assert net.last.in_features == 128 * 5 * 7 * 5
+    assert ColeConfig.fitting((7, 8, 9)).channels == (8, 16)
+    assert ColeNet(ColeConfig.fitting((7, 8, 9)))(torch.zeros(2, 1, 7, 8, 9)).shape == (2,)
+    with pytest.raises(ValueError, match="fewer channels"):
+        ColeConfig((16, 16, 16))
+    with pytest.raises(ValueError, match="was made for"):
+        ColeNet(ColeConfig.fitting((7, 8, 9)))(torch.zeros(1, 1, 8, 8, 8))
+
+
+def test_it_learns_what_is_there_to_see(tiny_cohort: Path, tmp_path: Path) -> None:
+    """The tiny cohort's people differ in a hole; its size, given as their age, can be learnt from eight of them."""
+    cohort = Path(shutil.copytree(tiny_cohort, tmp_path / "cohort"))
+    table = (cohort / "participants.tsv").read_text().splitlines()
+    header = table[0].split("\t")
+    lines = [dict(zip(header, line.split("\t"))) for line in table[1:]]
+    for line in lines:
+        line["age_years"] = f"{20 + float(line['ventricles_mm3']) / 1000:.3f}"
+    (cohort / "participants.tsv").write_text(
+        "\n".join(["\t".join(header), *("\t".join(r.values()) for r in lines)]) + "\n"
+    )
+    config = PredictorConfig(steps=150, batch=8, learning_rate=0.02, shift_voxels=0)
+    predictor = train_predictor("age", cohort, tmp_path / "run", config=config)
+    people = VolumeDataset(PreparedCohort.open(cohort), "train")
+    known = [row.age_years for row in people.covariates]
+    found = [predictor(read_nifti(row.path)).age_years for row in people.rows]  # type: ignore[union-attr]
+    assert np.corrcoef(known, found)[0, 1] > 0.9
+
+
+def test_a_stopped_training_goes_on_as_if_it_had_not_been(tiny_cohort: Path, tmp_path: Path, age: Predictor) -> None:
+    train_predictor("age", tiny_cohort, tmp_path / "run", config=replace(QUICK, steps=6), minutes=0)
+    again = train_predictor("age", tiny_cohort, tmp_path / "run", config=QUICK)
+    assert again.weights_sha256 == age.weights_sha256
+    with pytest.raises(UsageError, match="another run"):
+        train_predictor("sex", tiny_cohort, tmp_path / "run", config=QUICK)
+
+
+def test_the_folder_says_how_well_it_does_and_is_proven(age: Predictor, tiny_cohort: Path, tmp_path: Path) -> None:
+    content = json.loads((age.folder / "predictor.json").read_text())
+    assert content["training"]["held_out"]["n"] == 2
+    assert content["training"]["held_out"]["r"] == {
+        "value": None,
+        "interval_95": None,
+    }  # two points always lie on a line
+    assert math.isfinite(content["training"]["held_out"]["mae_years"]["value"])
+    image = read_nifti(VolumeDataset(PreparedCohort.open(tiny_cohort)).rows[0].path)
+    assert read_predictor(age.folder.parent)(image) == age(image) == pickle.loads(pickle.dumps(age))(image)
+    elsewhere = replace(image, affine=image.affine + np.eye(4))
+    with pytest.raises(BadInput, match="another grid"):
+        age(elsewhere)
+    copy = Path(shutil.copytree(age.folder, tmp_path / "copy"))
+    (copy / "predictor.safetensors").write_bytes(b"\0" * 50)
+    with pytest.raises(BadInput, match="not those that"):
+        read_predictor(copy)(image)
+    with pytest.raises(BadInput, match="no predictor"):
+        read_predictor(tmp_path)
+
+
+def test_the_judge_asks_predictors(tiny_run: Path, tiny_cohort: Path, age: Predictor, tmp_path: Path) -> None:
+    from brainldm.evaluate.scorecard import evaluate_dataset
+    from brainldm.generate.plan import make_plan
+    from brainldm.generate.run import GenerateSettings, generate
+    from brainldm.model.folder import load_model
+
+    sex = train_predictor("sex", tiny_cohort, tmp_path / "sex", config=QUICK)
+    model = load_model(tiny_run)
+    rows = make_plan({}, n=6, seed=0, ranges=model.ranges, joint=model.joint)
+    generate(model, tmp_path / "brains", rows, GenerateSettings(steps=2))
+    card = evaluate_dataset(
+        tmp_path / "brains",
+        tiny_cohort,
+        tmp_path / "out",
+        measure=_Nothing(),
+        predictors=[age.folder, sex.folder.parent],
+        workers=1,
+    )
+    assert card.row("age_years.pearson_r").synthetic.n == 6  # type: ignore[union-attr]
+    auc = card.row("sex.auc").synthetic
+    assert auc is not None and (auc.value is None or 0 <= auc.value <= 1)
+    assert card.settings["predictors"]["age_years"].startswith("cole2017-age_years-")
+    reference = card.row("age_years.absolute_error").reference
+    assert reference is not None and reference.n == 2  # only those it has not learnt
+
+
+class _Nothing:
+    name = "nothing"
+
+    def __call__(self, image: object) -> object:
+        from brainldm.cohort.measure import Measured
+
+        return Measured(3e4, 1.4e6, 1.2e6, 1.1)
+
+
+def test_area_under_the_curve() -> None:
+    assert area_under_curve([0.1, 0.2, 0.3], [0.7, 0.8, 0.9]).value == 1
+    assert area_under_curve([0.1, 0.2, 0.3], [0.7, 0.8, 0.9]).low < 1  # type: ignore[operator]
+    assert area_under_curve([], [1.0]).value is None
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(0)
+    zeros, ones = rng.normal(0, 1, 40), rng.normal(1, 1, 50)
+    found = area_under_curve(list(zeros), list(ones))
+    assert found.value == pytest.approx(roc_auc_score([0] * 40 + [1] * 50, [*zeros, *ones]))
+    assert found.low < found.value < found.high  # type: ignore[operator]
