@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import brainldm
 from brainldm.model.precision import choose_device, choose_precision
+from brainldm.nets.packed import packing_works
 
 # torch 2.10 is the first without the known ways to run code from a weights file (CVE-2025-32434, CVE-2026-24747).
 _FLOORS = {"torch": (2, 10), "monai": (1, 6, 1)}
@@ -47,6 +48,7 @@ def examine_machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "amx_bf16": torch.cpu._is_amx_tile_supported(),
         "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "packed_convolutions": packing_works(),
         "precision_by_default": choose_precision("auto", device),
         "memory_gib": round(memory / 2**30, 1),
         "disk_free_gib": round(shutil.disk_usage(Path.cwd()).free / 2**30, 1),
