@@ -219,6 +219,9 @@ def generate(
         bool,
         Parameter(help="150 x 214 x 145 and uint8, as the published bundle writes them; paper grid only.", negative=""),
     ] = False,
+    gate: Annotated[
+        bool, Parameter(help="Draw again what looks unlike every training image; count it.", negative="")
+    ] = False,
     allow_extrapolation: Annotated[
         bool, Parameter(help="Accept covariates outside the training range, and mark them.", negative="")
     ] = False,
@@ -268,6 +271,7 @@ def generate(
         batch=batch if batch is not None else 1 if exact else 4,
         dtype="uint8_unit" if as_bundle else _DTYPES[dtype],
         as_bundle=as_bundle,
+        gate=gate,
     )
     ready = start(
         model,

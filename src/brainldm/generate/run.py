@@ -22,6 +22,7 @@ from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import stream
 from brainldm.base.tables import write_table
 from brainldm.base.volume import Grid
+from brainldm.cohort.quality import Population, figures_of
 from brainldm.diffusion.solvers import DEFAULT_SAMPLER, SAMPLERS, sampler_named
 from brainldm.generate.dataset import as_bundle, bundle_grid, image_name, write_description, write_image
 from brainldm.generate.plan import PlanRow, read_plan, write_plan
@@ -42,6 +43,7 @@ class GenerateSettings:
     batch: int = 4
     dtype: Dtype = "int16_unit"
     as_bundle: bool = False
+    gate: bool = False  # reject images unlike the training people's in the figures of cohort/quality.py
     same_noise: bool = False  # every row starts from row 0's noise: figures in which only what is asked differs
 
 
@@ -51,7 +53,7 @@ class GenerateSummary:
     made: int
     were_there: int
     redrawn: int
-    failed: list[int] = field(default_factory=list)
+    failed: dict[int, str] = field(default_factory=dict)
 
 
 def generate(
@@ -69,6 +71,7 @@ def generate(
     failures.tsv and PartialFailure is raised after all others are done.
     """
     check_settings(model.description, settings)
+    population = _population(model.description) if settings.gate else None
     with locked_folder(out):
         facts = _facts(model, settings, len(rows))
         _record_or_compare(out, facts, rows)
@@ -79,14 +82,14 @@ def generate(
         batches = _batches_with_missing(rows, missing, settings.batch)
         each = len(SAMPLERS[settings.sampler].timesteps(model.description.schedule.build(), _steps(settings)))
         progress.start("generating brains (sampling steps)", sum(each + len(batch) for batch in batches))
-        redrawn, failed, grid = 0, [], _written_grid(model.grid, settings)
+        redrawn, failed, grid = 0, dict[int, str](), _written_grid(model.grid, settings)
         for batch in batches:
-            images_BXYZ, attempts = _sample_until_sound(model, batch, settings, progress)
-            for row, image_XYZ, attempt in zip(batch, images_BXYZ, attempts):
+            images_BXYZ, attempts, objections = _sample_until_sound(model, batch, settings, population, progress)
+            for row, image_XYZ, attempt, objection in zip(batch, images_BXYZ, attempts, objections):
                 if row.index in proven:
                     continue
                 if image_XYZ is None:
-                    failed.append(row.index)
+                    failed[row.index] = objection
                     continue
                 redrawn += attempt
                 if settings.as_bundle:
@@ -115,6 +118,17 @@ def check_settings(description: LatentDiffusionDescription, settings: GenerateSe
     except ValueError as error:
         raise UsageError(f"{error}.", remedy="Leave --steps out for the sampler's own number.") from error
     _written_grid(description.grid.build(), settings)
+    if settings.gate:
+        _population(description)
+
+
+def _population(description: LatentDiffusionDescription) -> Population:
+    if description.quality is None:
+        raise UsageError(
+            "this model does not say what its training images look like, so --gate has nothing to compare with.",
+            remedy="Leave --gate out, or train on 20 people or more with this version.",
+        )
+    return Population.from_json(description.quality)
 
 
 def _written_grid(grid: Grid, settings: GenerateSettings) -> Grid:
@@ -150,6 +164,7 @@ def _facts(model: LatentDiffusion, settings: GenerateSettings, n: int) -> dict[s
         "threads": torch.get_num_threads(),
         "dtype": settings.dtype,
         "as_bundle": settings.as_bundle,
+        "gate": settings.gate,
         "same_noise": settings.same_noise,
     }
 
@@ -191,11 +206,16 @@ def _batches_with_missing(rows: list[PlanRow], missing: list[PlanRow], size: int
 
 
 def _sample_until_sound(
-    model: LatentDiffusion, batch: list[PlanRow], settings: GenerateSettings, progress: Progress
-) -> tuple[list[np.ndarray | None], list[int]]:
-    """Images of the batch, None where no attempt gave one, and how many attempts before it each took."""
+    model: LatentDiffusion,
+    batch: list[PlanRow],
+    settings: GenerateSettings,
+    population: Population | None,
+    progress: Progress,
+) -> tuple[list[np.ndarray | None], list[int], list[str]]:
+    """Images of the batch, None where no attempt gave one, how many attempts before it each took, and what spoke
+    against the last attempt."""
     images: list[np.ndarray | None] = [None] * len(batch)
-    attempts = [0] * len(batch)
+    attempts, objections = [0] * len(batch), [""] * len(batch)
     for attempt in range(ATTEMPTS):
         open_rows = [position for position, image in enumerate(images) if image is None]
         if not open_rows:
@@ -212,9 +232,17 @@ def _sample_until_sound(
         )
         for position, image_XYZ in zip(open_rows, sampled_BXYZ):
             attempts[position] = attempt
-            if is_sound(image_XYZ):
+            objections[position] = objection_to(image_XYZ, population, model.grid.voxel_mm)
+            if not objections[position]:
                 images[position] = np.clip(image_XYZ, 0.0, 1.0)
-    return images, attempts
+    return images, attempts, objections
+
+
+def objection_to(image_XYZ: np.ndarray, population: Population | None, voxel_mm: float) -> str:
+    """Why an image is not kept, in words; empty when it is."""
+    if not is_sound(image_XYZ):
+        return "it is not finite or empty"
+    return "" if population is None else population.objection(figures_of(image_XYZ, voxel_mm))
 
 
 def is_sound(image_XYZ: np.ndarray) -> bool:
@@ -235,7 +263,7 @@ def row_noise(seed: int, index: int, attempt: int = 0) -> RowNoise:
     return noise
 
 
-def _report_failures(out: Path, rows: list[PlanRow], failed: list[int]) -> None:
+def _report_failures(out: Path, rows: list[PlanRow], failed: dict[int, str]) -> None:
     path = out / "failures.tsv"
     if not failed:
         path.unlink(missing_ok=True)
@@ -249,10 +277,10 @@ def _report_failures(out: Path, rows: list[PlanRow], failed: list[int]) -> None:
                 "participant_id": by_index[index].participant_id,
                 "file": image_name(by_index[index]),
                 "reason": "not_sound",
-                "message": f"{ATTEMPTS} draws gave an image that is not finite or empty",
+                "message": f"{ATTEMPTS} draws gave no image to keep: of the last, {objection}",
                 "remedy": "Ask for covariates nearer to the training range, or train the model longer",
             }
-            for index in failed
+            for index, objection in failed.items()
         ),
     )
     raise PartialFailure(

@@ -149,6 +149,7 @@ class LatentDiffusionDescription(Strict):
     grid: GridDescription
     preprocessing: dict
     training: dict
+    quality: dict | None = None  # what training images look like in a few figures (cohort/quality.py), for --gate
     licence: str
     weights: dict[str, WeightsFile]
 

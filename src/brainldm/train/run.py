@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import brainldm
@@ -22,6 +23,7 @@ from brainldm.base.errors import UsageError
 from brainldm.base.files import locked_folder, read_json, write_json
 from brainldm.base.progress import Progress, Quiet
 from brainldm.cohort.dataset import PreparedCohort, VolumeDataset, check_trainable
+from brainldm.cohort.quality import Population, figures_of
 from brainldm.model.description import (
     AutoencoderDescription,
     CovariatesDescription,
@@ -42,6 +44,8 @@ from brainldm.train.config import STAGES, Recipe
 from brainldm.train.diffusion_stage import DiffusionStage, unet_config
 from brainldm.train.latents import Latents, encode_cohort
 from brainldm.train.loop import run_stage
+
+QUALITY_IMAGES = 300
 
 
 @dataclass(frozen=True)
@@ -241,6 +245,13 @@ class _Run:
         save_model(self.out / "model", model)
         return summary
 
+    def _quality(self) -> dict[str, Any] | None:
+        """What training images look like in a few figures, from at most QUALITY_IMAGES of them."""
+        chosen = _some(len(self.train), QUALITY_IMAGES)
+        found = [figures_of(self.train.image_XYZ(index), self.cohort.grid.voxel_mm) for index in chosen]
+        population = Population.fitted(figures for figures in found if figures is not None)
+        return None if population is None else population.to_json()
+
     def _description(self, latents: Latents, scale: float, training: dict[str, Any]) -> LatentDiffusionDescription:
         diffusion = self.recipe.diffusion
         net = unet_config(diffusion, latents.mean_NCXYZ.shape[1])
@@ -266,9 +277,15 @@ class _Run:
             grid=GridDescription.of(self.cohort.grid),
             preprocessing=dict(self.cohort.preprocessing),
             training=training,
+            quality=self._quality() if training else None,
             licence=self.cohort.licence,
             weights={},
         )
+
+
+def _some(count: int, most: int) -> list[int]:
+    """At most `most` of 0..count-1, evenly spread."""
+    return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most))})
 
 
 def _fields(config: Any, description: type) -> dict[str, Any]:

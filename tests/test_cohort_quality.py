@@ -1,0 +1,84 @@
+"""The gate: broken images are told from a population's, and its own members pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from brainldm.base.errors import BadInput, PartialFailure, UsageError
+from brainldm.base.streams import stream
+from brainldm.base.tables import read_table
+from brainldm.cohort.quality import FIGURES, Population, figures_of
+from brainldm.generate.plan import make_plan
+from brainldm.generate.run import GenerateSettings, generate
+from brainldm.model.folder import load_model
+
+SHAPE_XYZ = (16, 20, 16)
+
+
+def brain(index: int) -> np.ndarray:
+    """An ellipsoid with three tissues, a hole and some noise; everybody differs a little."""
+    draw = stream(0, "quality test", index)
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in SHAPE_XYZ), indexing="ij")
+    radius = np.sqrt((x / (0.85 + 0.05 * draw.random())) ** 2 + y**2 + (z / 0.9) ** 2)
+    image = np.where(radius < 0.95, 0.55 + 0.02 * draw.standard_normal(), 0.0)
+    image[radius < 0.7] = 0.8 + 0.02 * draw.standard_normal()
+    image[radius < 0.25 + 0.1 * draw.random()] = 0.25
+    return np.clip(image + 0.02 * (radius < 0.95) * draw.standard_normal(SHAPE_XYZ), 0, 1)
+
+
+@pytest.fixture(scope="module")
+def population() -> Population:
+    found = Population.fitted(figures_of(brain(index), 8.0) for index in range(40))  # type: ignore[misc]
+    assert found is not None
+    return found
+
+
+def test_members_pass_and_broken_images_do_not(population: Population) -> None:
+    objections = [population.objection(figures_of(brain(index), 8.0)) for index in range(100, 160)]
+    assert sum(map(bool, objections)) <= 2
+    good = brain(200)
+    noisy = np.clip(good + 0.3 * stream(0, "noise").standard_normal(SHAPE_XYZ), 0, 1)
+    half = good * (np.arange(SHAPE_XYZ[0]) < 8)[:, None, None]
+    for broken in (noisy, half, np.clip(3 * good, 0, 1), 1 - good, np.full(SHAPE_XYZ, 0.5), 0.3 * good):
+        assert "from the population" in population.objection(figures_of(broken, 8.0))
+    assert FIGURES["symmetry"] in population.objection(figures_of(half, 8.0)) or "head" in population.objection(
+        figures_of(half, 8.0)
+    )
+
+
+@pytest.mark.parametrize("nothing", [np.zeros(SHAPE_XYZ), np.full(SHAPE_XYZ, np.nan), np.full(SHAPE_XYZ, np.inf)])
+def test_images_of_nothing_have_no_figures(population: Population, nothing: np.ndarray) -> None:
+    assert figures_of(nothing, 8.0) is None
+    assert "not finite, or no head" in population.objection(None)
+
+
+def test_too_few_people_make_no_population(population: Population) -> None:
+    assert Population.fitted(figures_of(brain(index), 8.0) for index in range(19)) is None  # type: ignore[misc]
+    assert Population.from_json(population.to_json()) == population
+    for damage in ({"mean": [1.0]}, {"figures": ["other"]}, {"threshold": "far"}):
+        with pytest.raises(BadInput, match="damaged or incomplete"):
+            Population.from_json(population.to_json() | damage)
+
+
+def test_a_gate_draws_again_and_says_what_it_could_not_make(
+    tiny_run: Path, tmp_path: Path, population: Population
+) -> None:
+    """A model of six steps makes no brain: all are rejected, each with its reason, and nothing is written for them."""
+    model = load_model(tiny_run)
+    rows = make_plan({}, n=2, seed=0, ranges=model.ranges, joint=model.joint)
+    settings = GenerateSettings(steps=2, gate=True)
+    with pytest.raises(UsageError, match="--gate has nothing to compare with"):
+        generate(model, tmp_path / "out", rows, settings)
+    assert not (tmp_path / "out").exists()
+    gated = replace(model, description=model.description.model_copy(update={"quality": population.to_json()}))
+    with pytest.raises(PartialFailure, match="2 of 2 brains"):
+        generate(gated, tmp_path / "out", rows, settings)
+    failures = read_table(tmp_path / "out" / "failures.tsv")
+    assert all("3 draws gave no image to keep" in cells["message"] for cells in failures.rows)
+    everybody = replace(population, threshold=1e9)
+    open_gate = replace(model, description=model.description.model_copy(update={"quality": everybody.to_json()}))
+    assert generate(open_gate, tmp_path / "open", rows, settings).made == 2
