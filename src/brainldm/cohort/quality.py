@@ -20,7 +20,7 @@ from brainldm.base.streams import stream
 
 FIGURES = {
     "head_ml": "volume of the head",
-    "saturated": "share of the head at the top of the range",
+    "saturated": "share of the head at the top of the range (logarithm of it and a thousandth)",
     "mean": "mean intensity of the head",
     "spread": "spread of the head's intensities",
     "sharpness": "mean change from voxel to voxel in the head",
@@ -54,7 +54,7 @@ def figures_of(image_XYZ: np.ndarray, voxel_mm: float) -> np.ndarray | None:
     return np.array(
         [
             head_XYZ.sum() * voxel_mm**3 / 1000,
-            (inside >= 0.995).mean(),
+            np.log10((inside >= 0.995).mean() + 1e-3),  # nearly 0 in most, and far from normal as it is
             inside.mean(),
             inside.std(),
             np.concatenate(changes).mean() if sum(map(len, changes)) else 0.0,
