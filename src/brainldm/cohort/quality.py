@@ -34,6 +34,7 @@ FALSE_POSITIVE_RATE = 0.005
 FEWEST_PEOPLE = 20
 _HEAD_ABOVE = 0.15  # of the 99th percentile
 _MIXTURE_VOXELS = 4000
+_LEAST_VARIANCE = 0.01  # in units of each figure's own
 
 
 def figures_of(image_XYZ: np.ndarray, voxel_mm: float) -> np.ndarray | None:
@@ -105,7 +106,8 @@ class Population:
         n = len(table)
         if n < FEWEST_PEOPLE:
             return None
-        scale = table.std(axis=0) + 1e-9
+        # A figure that hardly varies is given a little room: a hundredth of its value.
+        scale = np.maximum(table.std(axis=0), np.maximum(0.01 * np.abs(table.mean(axis=0)), 1e-3))
         fold = np.arange(n) % 10
         apart = np.concatenate(
             [_mahalanobis(table[fold == k], *_ellipsoid(table[fold != k], scale)) for k in range(10)]
@@ -166,7 +168,8 @@ class Population:
 def _ellipsoid(table_NF: np.ndarray, scale_F: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and precision; shrunk after each figure is put in units of its own spread."""
     fit = LedoitWolf().fit(table_NF / scale_F)
-    return fit.location_ * scale_F, fit.precision_ / np.outer(scale_F, scale_F)
+    covariance_FF = fit.covariance_ + _LEAST_VARIANCE * np.eye(len(scale_F))
+    return fit.location_ * scale_F, np.linalg.inv(covariance_FF) / np.outer(scale_F, scale_F)
 
 
 def _mahalanobis(table_NF: np.ndarray, mean_F: np.ndarray, precision_FF: np.ndarray) -> np.ndarray:
