@@ -13,12 +13,14 @@ from brainldm.diffusion.solvers import SAMPLERS
 from brainldm.model.description import LatentDiffusionDescription
 from brainldm.model.precision import autocast
 from brainldm.nets.autoencoder import Autoencoder
+from brainldm.nets.packed import packing_works
 from brainldm.nets.unet import DiffusionUNet
 
 # Beside convolutions: norms, activations, attention and memory traffic, in the time of convolutions, as measured at the
 # published size (bench/results.json). Decoding works on maps that no cache holds.
-_OVERHEAD_OF_A_STEP = 1.2
+_OVERHEAD_OF_A_STEP = 1.15
 _OVERHEAD_OF_A_DECODE = 1.7
+_OVERHEAD_OF_A_PACKED_DECODE = 1.2  # which makes doubled maps with fewer products
 _LEAST_SECONDS_A_CALL = 0.02  # where networks are small, calling is what takes the time
 
 
@@ -69,7 +71,9 @@ def estimate_seconds(
     """
     work, speed = work_of(description), convolution_speed(description, device, precision)
     step = max(_LEAST_SECONDS_A_CALL, _OVERHEAD_OF_A_STEP * work.unet_call_flop / speed)
-    decode = max(_LEAST_SECONDS_A_CALL, _OVERHEAD_OF_A_DECODE * work.decode_flop / speed)
+    packs = precision == "bf16" and device.type == "cpu" and packing_works()
+    overhead = _OVERHEAD_OF_A_PACKED_DECODE if packs else _OVERHEAD_OF_A_DECODE
+    decode = max(_LEAST_SECONDS_A_CALL, overhead * work.decode_flop / speed)
     return images * (network_calls(sampler, steps) * step + decode)
 
 
