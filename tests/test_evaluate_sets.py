@@ -75,6 +75,38 @@ def test_planted_copies_are_found() -> None:
     assert plain.nearest_is_training.value == 1
 
 
+def test_planted_copies_of_every_kind_are_found_among_200_and_a_clean_set_is_silent() -> None:
+    """Exact, mirrored, noisy and warped copies, five of each, among 180 clean images: every one of them lies nearer to
+    a training image than any unseen person, and of the clean ones no more than chance allows."""
+    training, unseen = sketches(range(60)), sketches(range(60, 120))
+    clean = sketches(range(120, 300))
+    noise = stream(3, "test/planted")
+
+    def warped(image: np.ndarray) -> np.ndarray:
+        axes = np.meshgrid(*(np.arange(n, dtype=float) for n in image.shape), indexing="ij")
+        pushed = [axis + ndimage.gaussian_filter(noise.normal(0, 2, image.shape), 3) for axis in axes]
+        return ndimage.map_coordinates(image, pushed, order=1, mode="nearest")
+
+    def planted(number: int, image: np.ndarray) -> np.ndarray:
+        kinds = (
+            lambda i: i,
+            lambda i: i[::-1].copy(),
+            lambda i: i + noise.normal(0, 0.03, i.shape) * (i > 0.05),
+            warped,
+        )
+        return np.clip(kinds[number % 4](image), 0, 1)
+
+    copies = [sketch_of(planted(n, blob(VENTRICLES[n], n)), GRID) for n in range(20)]
+    mask = brain_mask(training)
+    each = [memorisation([copy], training, unseen, mask, 0).nearer_than_reference.value for copy in copies]
+    assert sum(value == 1 for value in each) >= 19  # the stated rate: 95 %
+    with_copies = memorisation([*clean, *copies], training, unseen, mask, 0)
+    assert with_copies.nearer_than_reference.value > with_copies.nearer_by_chance.high
+    silent = memorisation(clean, training, unseen, mask, 0)
+    assert silent.nearer_than_reference.value <= silent.nearer_by_chance.high
+    assert silent.training_by_chance.low <= silent.nearest_is_training.value <= silent.training_by_chance.high
+
+
 def test_blur_brings_images_nearer_to_everybody_but_not_to_those_seen() -> None:
     blurred = [Sketch(o.histogram, ndimage.gaussian_filter(o.coarse_XYZ, 0.7)) for o in OTHERS]
     found = memorisation(blurred, TRAINING, HELD_OUT, MASK, 0)

@@ -1,9 +1,10 @@
 """Does it copy? How near synthetic images lie to the images that the model was trained on.
 
-The distance is the root-mean-square difference of intensities over the voxels of the brain, at about 4 mm. It finds
-plain copies. It does not find copies that are shifted, mirrored or warped, or that keep only part of a person, and
-smooth images lie nearer to everybody; that is why synthetic images are also asked whether their nearest real person is
-one that the model has seen, which smoothness cannot change.
+The distance is the root-mean-square difference of intensities over the voxels of the brain, at about 4 mm, of the image
+as it is or mirrored, whichever is less. It finds plain, mirrored, noisy and slightly warped copies. It does not find
+copies that are shifted by voxels of that size or keep only part of a person, and smooth images lie nearer to everybody;
+that is why synthetic images are also asked whether their nearest real person is one that the model has seen, which
+smoothness cannot change.
 """
 
 from __future__ import annotations
@@ -56,12 +57,12 @@ def memorisation(
     seed: int,
 ) -> Memorisation:
     """Compares `synthetic` and `held_out` with every image of `training`, which is gone through once, in blocks."""
-    queries = np.stack([_features(look, mask_XYZ) for look in (*synthetic, *held_out)])
+    queries = np.stack([_both_ways(look, mask_XYZ) for look in (*synthetic, *held_out)])
     made, unseen = queries[: len(synthetic)], queries[len(synthetic) :]
     nearest, who = np.full(len(queries), np.inf), np.zeros(len(queries), dtype=int)
     trained, among_training = 0, []
     for block in _blocks(training, mask_XYZ):
-        apart = _rmse(queries, block)
+        apart = _apart(queries, block[:, 0])
         closest = apart.argmin(axis=1)
         distance = apart[np.arange(len(queries)), closest]
         who = np.where(distance < nearest, trained + closest, who)
@@ -109,7 +110,7 @@ def _seen_or_not(
     if len(unseen) == 0:
         none = Estimate.none("nobody was held out, so there is no unseen person to be nearer to")
         return none, none
-    apart = _rmse(made, unseen)
+    apart = _apart(made, unseen[:, 0])
     is_unseen = apart.min(axis=1) < to_training
     # Some people are the nearest of many images; deciding again and again at random who counts as seen takes them
     # into account.
@@ -132,19 +133,26 @@ def _nothing(reason: str, synthetic: int, held_out: int) -> Memorisation:
     return Memorisation(0, held_out, "", none, none, none, none, none, none, 0)
 
 
-def _features(look: Sketch, mask_XYZ: np.ndarray) -> np.ndarray:
-    return look.coarse_XYZ[mask_XYZ].astype(np.float64)
+def _both_ways(look: Sketch, mask_XYZ: np.ndarray) -> np.ndarray:
+    """(2, v): the voxels of the brain of an image as it is, and mirrored."""
+    return np.stack([look.coarse_XYZ[mask_XYZ], look.coarse_XYZ[::-1][mask_XYZ]]).astype(np.float64)
 
 
 def _blocks(looks: Iterable[Sketch], mask_XYZ: np.ndarray, size: int = 256) -> Iterator[np.ndarray]:
+    """(n, 2, v), n at most `size`."""
     block: list[np.ndarray] = []
     for look in looks:
-        block.append(_features(look, mask_XYZ))
+        block.append(_both_ways(look, mask_XYZ))
         if len(block) == size:
             yield np.stack(block)
             block = []
     if block:
         yield np.stack(block)
+
+
+def _apart(queries_N2V: np.ndarray, images_MV: np.ndarray) -> np.ndarray:
+    """(n, m): the distance of the nearer of a query's two ways to each image."""
+    return np.minimum(_rmse(queries_N2V[:, 0], images_MV), _rmse(queries_N2V[:, 1], images_MV))
 
 
 def _rmse(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -157,6 +165,6 @@ def _leave_one_out(blocks: Sequence[np.ndarray]) -> np.ndarray:
     everyone = np.concatenate(blocks)
     if len(everyone) < 2:
         return np.empty(0)
-    apart = _rmse(everyone, everyone)
+    apart = _apart(everyone, everyone[:, 0])
     np.fill_diagonal(apart, np.inf)
     return apart.min(axis=1)
