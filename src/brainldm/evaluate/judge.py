@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from brainldm.base.errors import BadInput
 from brainldm.base.manifest import Manifest
 from brainldm.base.progress import Progress
 from brainldm.base.streams import stream
 from brainldm.evaluate.conditioning import Agreement, TrainingRanges, agreement, sex_told
+from brainldm.evaluate.coverage import manifolds
 from brainldm.evaluate.distribution import brain_mask, intensity_distance, mean_image_distance
 from brainldm.evaluate.diversity import Diversity, diversity
 from brainldm.evaluate.examine import Examination, Examined, Sketch, examine
@@ -26,6 +29,7 @@ from brainldm.evaluate.rows import (
     conditioning_rows,
     distance_rows,
     diversity_rows,
+    manifold_rows,
     memorisation_rows,
     sex_rows,
     volume_rows,
@@ -239,6 +243,9 @@ class Judge:
             sets = synthetic.sketches, real.sketches
             with self.timed("distribution"):
                 rows += distance_rows(intensity_distance(*sets, self.seed), mean_image_distance(*sets, self.seed))
+                mask = brain_mask(real.sketches)
+                voxels = [np.stack([look.coarse_XYZ[mask] for look in looks]) for looks in sets]
+                rows += manifold_rows(*manifolds(voxels[0], voxels[1], self.seed))
         return rows
 
     def copies(self, synthetic: Examination, real: Examination, grid: JudgingGrid) -> Memorisation:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from brainldm.evaluate.conditioning import Agreement
+from brainldm.evaluate.coverage import Manifolds
 from brainldm.evaluate.distribution import Distance
 from brainldm.evaluate.diversity import Diversity
 from brainldm.evaluate.estimate import Estimate, difference, difference_of_means, mean, standard_deviation
@@ -220,6 +221,46 @@ def distance_rows(intensity: Distance, mean_image: Distance) -> list[Row]:
             mean_image.by_chance,
             "chance",
         ),
+    ]
+
+
+def manifold_rows(found: Manifolds, by_chance: Manifolds) -> list[Row]:
+    """Precision, recall, density and coverage, each beside what random divisions of all images give."""
+    what = {
+        "precision": (
+            "Precision",
+            SHARE,
+            "The share of synthetic brains that lie where real ones do. Below chance: some are no such brains.",
+        ),
+        "recall": (
+            "Recall",
+            SHARE,
+            "The share of real brains that lie where synthetic ones do. Below chance: kinds of brain are missing.",
+        ),
+        "density": (
+            "Density",
+            PLAIN,
+            "How deep in the crowd of real brains the synthetic ones lie. Above chance: only the most usual are made.",
+        ),
+        "coverage": (
+            "Coverage",
+            SHARE,
+            "The share of real brains with a synthetic one near them. Below chance: kinds of brain are missing.",
+        ),
+    }
+    return [
+        Row(
+            "diversity" if name in ("recall", "coverage") else "distribution",
+            f"manifold.{name}",
+            title,
+            unit,
+            "chance",
+            f"{meaning} Nearness is of grey values in the brain at 4 mm.",
+            getattr(found, name),
+            getattr(by_chance, name),
+            "chance",
+        )
+        for name, (title, unit, meaning) in what.items()
     ]
 
 
