@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -10,7 +12,7 @@ from brainldm.base.streams import stream
 from brainldm.evaluate.distribution import brain_mask, intensity_distance, mean_image_distance
 from brainldm.evaluate.examine import Sketch, sketch_of
 from brainldm.evaluate.grids import JudgingGrid
-from brainldm.evaluate.memorisation import memorisation
+from brainldm.evaluate.memorisation import Memorisation, memorisation, voxel_features
 from brainldm.evaluate.pictures import white_point
 from judged_folders import TINY, blob
 
@@ -24,6 +26,30 @@ def sketches(people: range, change: float = 0.0) -> list[Sketch]:
 
 TRAINING, HELD_OUT, OTHERS = sketches(range(24)), sketches(range(34, 44)), sketches(range(100, 120))
 MASK = brain_mask(TRAINING)
+
+
+def searched(
+    made: Sequence[Sketch], training: Iterable[Sketch], unseen: Sequence[Sketch], mask: np.ndarray, seed: int
+) -> Memorisation:
+    """The search among voxels, training images given two at a time."""
+    everyone = list(training)
+    blocks = (voxel_features(everyone[i : i + 2], mask) for i in range(0, len(everyone), 2))
+    return memorisation(voxel_features(made, mask), blocks, voxel_features(unseen, mask), seed)
+
+
+def test_membership_is_told_where_a_model_copies_and_only_there() -> None:
+    clean = searched(OTHERS, TRAINING, HELD_OUT, MASK, 0)
+    assert clean.membership_by_chance.low < clean.membership.value < clean.membership_by_chance.high
+    assert clean.membership_by_chance.value == pytest.approx(0.5, abs=0.02)
+    copying = searched(TRAINING, TRAINING, HELD_OUT, MASK, 0)
+    assert copying.membership.value == 1.0 > copying.membership_by_chance.high
+    few = searched(OTHERS, TRAINING, HELD_OUT[:2], MASK, 0)
+    assert few.membership.value is None and "held out" in few.membership.reason
+
+
+def test_suspects_are_named_nearest_first() -> None:
+    found = searched([*OTHERS[:3], TRAINING[4]], TRAINING, HELD_OUT, MASK, 0)
+    assert found.suspects[0] == 3 and found.least == pytest.approx(0, abs=1e-6)
 
 
 def test_two_samples_of_one_population_are_as_far_apart_as_chance() -> None:
@@ -53,7 +79,7 @@ def test_the_order_of_images_does_not_matter() -> None:
 
 
 def test_clean_images_look_like_unseen_people() -> None:
-    found = memorisation(OTHERS, TRAINING, HELD_OUT, MASK, 0)
+    found = searched(OTHERS, TRAINING, HELD_OUT, MASK, 0)
     assert found.training == 24 and found.held_out == 10 and found.identical == 0
     assert found.synthetic.value == pytest.approx(found.reference.value, rel=0.15)
     assert found.training_by_chance.value == 24 / 34 and found.nearer_by_chance.value == 1 / 11
@@ -67,10 +93,10 @@ def test_planted_copies_are_found() -> None:
         Sketch(look.histogram, (look.coarse_XYZ + noise.normal(0, 0.01, look.coarse_XYZ.shape)).astype(np.float32))
         for look in TRAINING[:6]
     ]
-    found = memorisation([*OTHERS[:6], *copies], TRAINING, HELD_OUT, MASK, 0)
+    found = searched([*OTHERS[:6], *copies], TRAINING, HELD_OUT, MASK, 0)
     assert found.nearer_than_reference.value >= 0.5 > found.nearer_by_chance.high
     assert found.identical == 0
-    plain = memorisation(TRAINING[:5], TRAINING, HELD_OUT, MASK, 0)
+    plain = searched(TRAINING[:5], TRAINING, HELD_OUT, MASK, 0)
     assert plain.identical == 5 and plain.synthetic.value < 1e-6
     assert plain.nearest_is_training.value == 1
 
@@ -98,18 +124,18 @@ def test_planted_copies_of_every_kind_are_found_among_200_and_a_clean_set_is_sil
 
     copies = [sketch_of(planted(n, blob(VENTRICLES[n], n)), GRID) for n in range(20)]
     mask = brain_mask(training)
-    each = [memorisation([copy], training, unseen, mask, 0).nearer_than_reference.value for copy in copies]
+    each = [searched([copy], training, unseen, mask, 0).nearer_than_reference.value for copy in copies]
     assert sum(value == 1 for value in each) >= 19  # the stated rate: 95 %
-    with_copies = memorisation([*clean, *copies], training, unseen, mask, 0)
+    with_copies = searched([*clean, *copies], training, unseen, mask, 0)
     assert with_copies.nearer_than_reference.value > with_copies.nearer_by_chance.high
-    silent = memorisation(clean, training, unseen, mask, 0)
+    silent = searched(clean, training, unseen, mask, 0)
     assert silent.nearer_than_reference.value <= silent.nearer_by_chance.high
     assert silent.training_by_chance.low <= silent.nearest_is_training.value <= silent.training_by_chance.high
 
 
 def test_blur_brings_images_nearer_to_everybody_but_not_to_those_seen() -> None:
     blurred = [Sketch(o.histogram, ndimage.gaussian_filter(o.coarse_XYZ, 0.7)) for o in OTHERS]
-    found = memorisation(blurred, TRAINING, HELD_OUT, MASK, 0)
+    found = searched(blurred, TRAINING, HELD_OUT, MASK, 0)
     assert found.training_by_chance.low <= found.nearest_is_training.value <= found.training_by_chance.high
 
 
@@ -119,7 +145,7 @@ def test_chance_is_what_happens_when_nothing_is_copied() -> None:
     blank, whole = np.zeros(256), np.ones((4, 4, 4), bool)
     for _ in range(120):
         groups = [[Sketch(blank, draws.normal(size=(4, 4, 4))) for _ in range(n)] for n in (12, 20, 6)]
-        found = memorisation(*groups, whole, 0)
+        found = searched(*groups, whole, 0)
         for k, (value, chance) in enumerate(
             (
                 (found.nearer_than_reference, found.nearer_by_chance),
@@ -131,20 +157,20 @@ def test_chance_is_what_happens_when_nothing_is_copied() -> None:
 
 
 def test_without_enough_held_out_people_training_people_stand_in() -> None:
-    found = memorisation(OTHERS, TRAINING, HELD_OUT[:2], MASK, 0)
+    found = searched(OTHERS, TRAINING, HELD_OUT[:2], MASK, 0)
     assert found.reference_is == "training people, to another" and found.reference.n == 24
-    nobody = memorisation(OTHERS, TRAINING, [], MASK, 0)
+    nobody = searched(OTHERS, TRAINING, [], MASK, 0)
     assert nobody.nearest_is_training.value is None and nobody.reference.n == 24
-    alone = memorisation(OTHERS, TRAINING[:1], [], MASK, 0)
+    alone = searched(OTHERS, TRAINING[:1], [], MASK, 0)
     assert alone.reference.value is None and alone.synthetic.value is not None
-    nothing = memorisation(OTHERS, [], [], MASK, 0)
+    nothing = searched(OTHERS, [], [], MASK, 0)
     assert nothing.synthetic.value is None and "no training images" in nothing.synthetic.reason
 
 
 def test_training_images_are_gone_through_in_blocks() -> None:
     many = [TRAINING[i % 24] for i in range(600)]
-    assert memorisation(OTHERS, iter(many), HELD_OUT, MASK, 0).synthetic.value == pytest.approx(
-        memorisation(OTHERS, TRAINING, HELD_OUT, MASK, 0).synthetic.value
+    assert searched(OTHERS, iter(many), HELD_OUT, MASK, 0).synthetic.value == pytest.approx(
+        searched(OTHERS, TRAINING, HELD_OUT, MASK, 0).synthetic.value
     )
 
 

@@ -441,6 +441,10 @@ def evaluate(
     predictor: Annotated[
         list[Path] | None, Parameter(help="A run of `brainldm train age` or `sex`; can be given for each.")
     ] = None,
+    features: Annotated[
+        list[str] | None,
+        Parameter(help="Spaces to compare the sets in: random (default), med3d=CHECKPOINT, med3d-signed=..., none."),
+    ] = None,
     max_real: Annotated[int, Parameter(help="Most real people to measure; copies are looked for among all.")] = 200,
     hide_real: Annotated[bool, Parameter(help="Show no slice of a real person on the page.", negative="")] = False,
     seed: int = 0,
@@ -461,6 +465,7 @@ def evaluate(
             max_real=max_real,
             runs=runs,
             predictors=predictor or (),
+            features=features or ("random",),
             show_real=not hide_real,
             progress=progress,
         )

@@ -1,9 +1,10 @@
-"""Is it diverse? MS-SSIM between pairs of images of one set: brains that are all alike have a value near 1.
+"""Is it diverse? Likeness of pairs of images of one set, by MS-SSIM and 4-G-R-SSIM: near 1 where brains are all alike.
 
-Wang, Simoncelli and Bovik 2003 in three dimensions, as the field computes it for brains (7-voxel Gaussian, sigma 1.5,
-stability constants 0.01 and 0.03, data range 1, no padding). What belongs to one image (its pyramid, local means and
-variances) is computed once for all its pairs and the Gaussian is applied axis by axis; the values are those of MONAI's
-`compute_ms_ssim` (a test holds the two together), at a twentieth of its time at 1 mm.
+MS-SSIM is Wang, Simoncelli and Bovik 2003 in three dimensions, as the field computes it for brains (7-voxel Gaussian,
+sigma 1.5, stability constants 0.01 and 0.03, data range 1, no padding); 4-G-R-SSIM is in gradient_ssim.py. What belongs
+to one image (its pyramid, local means and variances) is computed once for all its pairs and the Gaussian is applied
+axis by axis; the values are those of MONAI's `compute_ms_ssim` (a test holds the two together), at a twentieth of its
+time at 1 mm.
 """
 
 from __future__ import annotations
@@ -22,6 +23,14 @@ from brainldm.base.progress import Progress
 from brainldm.base.streams import stream
 from brainldm.evaluate.estimate import CONFIDENCE, Estimate
 from brainldm.evaluate.examine import read_for_judging
+from brainldm.evaluate.gradient_ssim import (
+    ALL_TERMS,
+    SMALLEST_SIDE,
+    STRUCTURE,
+    GradientMaps,
+    four_region_ssim,
+    gradient_maps,
+)
 from brainldm.evaluate.grids import JudgingGrid
 from brainldm.evaluate.images import JudgedImage
 from brainldm.evaluate.pool import each
@@ -115,10 +124,12 @@ def _halved(image_XYZ: np.ndarray) -> np.ndarray:
 
 # -------------------------------------------------------------------------------------------------------- many pairs
 
+MS_SSIM, FOUR_G_R_SSIM, FOUR_G_SSIM = "ms_ssim", "4_g_r_ssim", "4_g_ssim"
+
 
 @dataclass(frozen=True)
 class Diversity:
-    """Mean MS-SSIM over `pairs` different pairs of a set's images; `standard_error` is the jackknife's over images."""
+    """Mean likeness over `pairs` different pairs of a set's images; `standard_error` is the jackknife's over images."""
 
     estimate: Estimate
     pairs: int
@@ -152,52 +163,96 @@ def diversity(
     seed: int,
     workers: int,
     progress: Progress,
-) -> Diversity:
-    """MS-SSIM over random pairs of the images of one side."""
+) -> dict[str, Diversity]:
+    """MS_SSIM, FOUR_G_R_SSIM (structure alone) and FOUR_G_SSIM (all terms) over random pairs of a side's images."""
     weights = scale_weights(grid.shape_XYZ)
-    if not weights:
-        reason = f"the images ({grid.describe()}) are smaller than the {KERNEL}-voxel window"
-        return Diversity(Estimate.none(reason, len(images)), 0, math.nan)
+    too_small = {
+        MS_SSIM: not weights and f"the {KERNEL}-voxel window",
+        FOUR_G_R_SSIM: min(grid.shape_XYZ) < SMALLEST_SIDE and f"the {SMALLEST_SIDE} voxels it needs",
+    }
+    too_small[FOUR_G_SSIM] = too_small[FOUR_G_R_SSIM]
+    nothing = {
+        name: _none(f"the images ({grid.describe()}) are smaller than {why}") for name, why in too_small.items() if why
+    }
     if len(images) < 2:
-        return Diversity(Estimate.none(f"a pair needs 2 images, there is {len(images)}", len(images)), 0, math.nan)
+        return dict.fromkeys(too_small, _none(f"a pair needs 2 images, there is {len(images)}", len(images)))
+    if len(nothing) == len(too_small):
+        return nothing
     chosen = draw_pairs(len(images), pairs, seed, side)
     # Pairs that share their first image go together, so that it is read and filtered once.
     groups = [list(group) for _, group in groupby(chosen, key=lambda pair: pair[0])]
     named = [[(images[i], images[j]) for i, j in group] for group in groups]
     score = partial(_score_group, grid=grid, weights=weights)
     heavy = len(chosen) * grid.voxels >= VOXEL_PAIRS_WORTH_A_PROCESS
-    values: dict[tuple[int, int], float] = {}
+    values: dict[tuple[int, int], dict[str, float]] = {}
     for position, outcome in each(
         score, named, workers=workers, progress=progress, what=f"comparing {side} pairs", heavy=heavy
     ):
         if isinstance(outcome, Exception):
             raise outcome  # every image was read a moment ago: this is no bad image
         values |= dict(zip(groups[position], outcome))
-    return mean_over_pairs([(*pair, values[pair]) for pair in chosen], len(images))
+    return nothing | {
+        name: mean_over_pairs([(*pair, values[pair][name]) for pair in chosen], len(images))
+        for name in too_small
+        if name not in nothing
+    }
 
 
-_pyramids: OrderedDict[tuple[str, JudgingGrid], Pyramid] = OrderedDict()
+def _none(reason: str, n: int = 0) -> Diversity:
+    return Diversity(Estimate.none(reason, n), 0, math.nan)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What belongs to one image in all its pairs; None where the image is too small for it."""
+
+    pyramid: Pyramid | None
+    maps: GradientMaps | None
+
+    @classmethod
+    def of(cls, image_XYZ: np.ndarray, scales: int) -> Prepared:
+        return cls(
+            pyramid(image_XYZ, scales) if scales else None,
+            gradient_maps(image_XYZ) if min(image_XYZ.shape) >= SMALLEST_SIDE else None,
+        )
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in (self.pyramid, self.maps) if part is not None)
+
+
+def likeness(first: Prepared, second: Prepared, weights: Sequence[float]) -> dict[str, float]:
+    """Every figure that a pair's size allows, by name."""
+    found: dict[str, float] = {}
+    if first.pyramid is not None and second.pyramid is not None:
+        found[MS_SSIM] = ms_ssim(first.pyramid, second.pyramid, weights)
+    if first.maps is not None and second.maps is not None:
+        found[FOUR_G_R_SSIM], found[FOUR_G_SSIM] = four_region_ssim(first.maps, second.maps, STRUCTURE, ALL_TERMS)
+    return found
+
+
+_prepared: OrderedDict[tuple[str, JudgingGrid], Prepared] = OrderedDict()
 
 
 def _score_group(
     group: list[tuple[JudgedImage, JudgedImage]], grid: JudgingGrid, weights: Sequence[float]
-) -> list[float]:
-    scales = len(weights)
+) -> list[dict[str, float]]:
     return [
-        ms_ssim(_pyramid_of(first, grid, scales), _pyramid_of(second, grid, scales), weights) for first, second in group
+        likeness(_prepared_of(first, grid, len(weights)), _prepared_of(second, grid, len(weights)), weights)
+        for first, second in group
     ]
 
 
-def _pyramid_of(image: JudgedImage, grid: JudgingGrid, scales: int) -> Pyramid:
-    """The image's pyramid, from this process's memory of the last few where it is among them."""
+def _prepared_of(image: JudgedImage, grid: JudgingGrid, scales: int) -> Prepared:
+    """The image made ready for pairs, from this process's memory of the last few where it is among them."""
     key = (str(image.path.resolve()), grid)
-    found = _pyramids.get(key)
+    found = _prepared.get(key)
     if found is None:
-        found = pyramid(read_for_judging(image, grid), scales)
-        _pyramids[key] = found
-        while len(_pyramids) > 2 and sum(kept.bytes for kept in _pyramids.values()) > MAX_CACHE_BYTES:
-            _pyramids.popitem(last=False)
-    _pyramids.move_to_end(key)
+        found = Prepared.of(read_for_judging(image, grid), scales)
+        _prepared[key] = found
+        while len(_prepared) > 2 and sum(kept.bytes for kept in _prepared.values()) > MAX_CACHE_BYTES:
+            _prepared.popitem(last=False)
+    _prepared.move_to_end(key)
     return found
 
 

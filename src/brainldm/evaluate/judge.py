@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +18,20 @@ from brainldm.evaluate.conditioning import Agreement, TrainingRanges, agreement,
 from brainldm.evaluate.coverage import manifolds
 from brainldm.evaluate.distribution import brain_mask, intensity_distance, mean_image_distance
 from brainldm.evaluate.diversity import Diversity, diversity
-from brainldm.evaluate.examine import Examination, Examined, Sketch, examine
+from brainldm.evaluate.examine import Examination, Examined, examine
+from brainldm.evaluate.features import FeatureSpace, FeatureStore, extract
+from brainldm.evaluate.frechet import set_distance
 from brainldm.evaluate.grids import JudgingGrid, judging_grid
 from brainldm.evaluate.images import Failure, ImageFolder, JudgedImage
 from brainldm.evaluate.measuring import Instrument, Measurements, measure, write_measured
-from brainldm.evaluate.memorisation import Memorisation, memorisation
+from brainldm.evaluate.memorisation import MIN_HELD_OUT, Memorisation, memorisation, voxel_features
 from brainldm.evaluate.pictures import draw_pictures, white_point
 from brainldm.evaluate.rows import (
     Row,
     conditioning_rows,
     distance_rows,
     diversity_rows,
+    feature_rows,
     manifold_rows,
     memorisation_rows,
     sex_rows,
@@ -69,6 +72,7 @@ class Judge:
     max_real: int
     progress: Progress
     predictors: Mapping[str, Instrument] = field(default_factory=dict)  # by covariate: age_years, sex
+    spaces: Sequence[FeatureSpace] = ()
     failures: list[Failure] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -107,8 +111,11 @@ class Judge:
         rows += self.distribution(synthetic, real, measured, measured_real)
         copies = None
         if self.people is not None:
-            copies = self.copies(synthetic, real, grid)
-            rows += memorisation_rows(copies)
+            rows += self.in_spaces(synthetic, real, grid)
+            found_copies = self.copies(synthetic, real, grid)
+            copies = found_copies[None]
+            for space, of_space in found_copies.items():
+                rows += memorisation_rows(of_space, space)
 
         # Pictures
         with self.timed("pictures"):
@@ -214,7 +221,7 @@ class Judge:
         return rows
 
     def diversity(self, synthetic: Examination, real: Examination, grid: JudgingGrid) -> list[Row]:
-        def of(found: Examination, side: str) -> Diversity:
+        def of(found: Examination, side: str) -> dict[str, Diversity]:
             images = [look.image for look in found.images]
             with self.timed("pairs"):
                 return diversity(
@@ -248,28 +255,73 @@ class Judge:
                 rows += manifold_rows(*manifolds(voxels[0], voxels[1], self.seed))
         return rows
 
-    def copies(self, synthetic: Examination, real: Examination, grid: JudgingGrid) -> Memorisation:
+    def in_spaces(self, synthetic: Examination, real: Examination, grid: JudgingGrid) -> list[Row]:
+        rows = []
+        for space in self.spaces:
+            sides = (
+                self.features(synthetic.images, "synthetic", space, grid),
+                self.features(real.images, "real", space, grid),
+            )
+            with self.timed("distribution"):
+                rows += feature_rows(set_distance(*sides, self.seed), space)
+        return rows
+
+    def features(
+        self, looks: Sequence[Examined], side: str, space: FeatureSpace, grid: JudgingGrid, *, mirrored: bool = False
+    ) -> np.ndarray:
+        store = FeatureStore(self.out / "features", space, grid)
+        with self.timed("features"):
+            return extract(looks, side, store, mirrored=mirrored, workers=self.workers, progress=self.progress)
+
+    def copies(
+        self, synthetic: Examination, real: Examination, grid: JudgingGrid
+    ) -> dict[FeatureSpace | None, Memorisation]:
+        """The search for copies among the brain's voxels (None) and in each space of features."""
         assert self.people is not None
         training: Sequence[JudgedImage] = self.people.training
         held_out = self.drawn(self.people.held_out, MAX_SKETCHED, "held-out")
         if not training:  # the folder does not say whom a model was trained on: everybody may have been
             training, held_out = self.people.images, ()
-        known = {look.image.file: look.sketch for look in real.images if look.sketch is not None}
-        with self.timed("copies"):
-            return memorisation(
-                synthetic.sketches,
-                self.sketches(training, known, grid, "training"),
-                list(self.sketches(held_out, known, grid, "held-out")),
-                brain_mask(real.sketches),
-                self.seed,
-            )
+        mask = brain_mask(real.sketches)
+        made = [look for look in synthetic.images if look.sketch is not None]
+        trained: list[Examined] = []
 
-    def sketches(
-        self, images: Sequence[JudgedImage], known: Mapping[str, Sketch], grid: JudgingGrid, side: str
-    ) -> Iterator[Sketch]:
-        """The images' sketches; those not made yet are made in blocks, so that the images of a large cohort are never
-        all in memory."""
-        yield from (known[image.file] for image in images if image.file in known)
+        def voxels_of_training() -> Iterator[np.ndarray]:
+            for looks in self.looks(training, real, grid, "training"):
+                trained.extend(replace(look, sketch=None) for look in looks)
+                yield voxel_features((look.sketch for look in looks if look.sketch is not None), mask)
+
+        unseen = [look for looks in self.looks(held_out, real, grid, "held-out") for look in looks]
+
+        def voxels(looks: Sequence[Examined]) -> np.ndarray:
+            return voxel_features((look.sketch for look in looks if look.sketch is not None), mask)
+
+        with self.timed("copies"):
+            found: dict[FeatureSpace | None, Memorisation] = {
+                None: memorisation(voxels(made), voxels_of_training(), voxels(unseen), self.seed)
+            }
+        for space in self.spaces:
+
+            def both(looks: Sequence[Examined], side: str, space: FeatureSpace = space, ways: int = 2) -> np.ndarray:
+                made = [self.features(looks, side, space, grid, mirrored=mirrored) for mirrored in (False, True)[:ways]]
+                return np.stack(made, axis=1) if looks else np.empty((0, ways, 0))
+
+            # Mirror images of training people matter only where they stand for the unseen.
+            ways = 1 if len(unseen) >= MIN_HELD_OUT else 2
+            blocks = (
+                both(trained[start : start + MAX_SKETCHED], "training", ways=ways)
+                for start in range(0, len(trained), MAX_SKETCHED)
+            )
+            found[space] = memorisation(both(made, "synthetic"), blocks, both(unseen, "held-out"), self.seed)
+        return found
+
+    def looks(
+        self, images: Sequence[JudgedImage], real: Examination, grid: JudgingGrid, side: str
+    ) -> Iterator[list[Examined]]:
+        """The images with their sketches, in blocks; those not looked at yet are looked at, so that the images of a
+        large cohort are never all in memory."""
+        known = {look.image.file: look for look in real.images if look.sketch is not None}
+        yield [known[image.file] for image in images if image.file in known]
         failed = {failure.file for failure in self.failures if failure.side == "real"}
         rest = [image for image in images if image.file not in known and image.file not in failed]
         for start in range(0, len(rest), MAX_SKETCHED):
@@ -277,7 +329,7 @@ class Judge:
             files = {image.file for image in block}
             found = examine(block, side, grid, sketched=files, workers=self.workers, progress=self.progress)
             self.failures += found.failures
-            yield from found.sketches
+            yield list(found.images)
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:

@@ -1,25 +1,30 @@
-"""Does it copy? How near synthetic images lie to the images that the model was trained on.
+"""Does it copy? How near synthetic images lie to the images that the model was trained on, in any space of features.
 
-The distance is the root-mean-square difference of intensities over the voxels of the brain, at about 4 mm, of the image
-as it is or mirrored, whichever is less. It finds plain, mirrored, noisy and slightly warped copies. It does not find
-copies that are shifted by voxels of that size or keep only part of a person, and smooth images lie nearer to everybody;
-that is why synthetic images are also asked whether their nearest real person is one that the model has seen, which
-smoothness cannot change.
+A distance is the root-mean-square difference of two images' features, of the image as it is or mirrored, whichever is
+less. Two spaces are searched: the voxels of the brain at about 4 mm, which find plain, mirrored, noisy and slightly
+warped copies but not those shifted by such a voxel; and a network's features, which forgive shifts. Neither finds a
+copy of only a part of a person, and smooth images lie nearer to everybody; that is why synthetic images are also asked
+whether their nearest real person is one that the model has seen, which smoothness cannot change.
+
+Membership inference turns the question round: can somebody who holds only the synthetic images tell, by who lies near
+them, whether a person was in the training? The control plays the same game among training people alone, where there is
+nothing to tell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
 from brainldm.base.streams import stream
-from brainldm.evaluate.estimate import CONFIDENCE, Estimate, median, share
+from brainldm.evaluate.estimate import CONFIDENCE, Estimate, area_under_curve, median, share
 from brainldm.evaluate.examine import Sketch
 
-# Two files of one image, written with different precision, differ by about this (int16 and uint8 steps are below it).
+# Two files of one image, written with different precision, differ by about this in grey values (int16 and uint8 steps
+# are below it).
 IDENTICAL_RMSE = 0.002
 MIN_HELD_OUT = 3
 DRAWS = 1000
@@ -28,13 +33,14 @@ _TAIL = (1 - CONFIDENCE) / 2
 
 @dataclass(frozen=True)
 class Memorisation:
-    """Distances are root-mean-square differences in units of the intensity range.
+    """Distances are root-mean-square differences of features.
 
     `reference` is the same distance for people that the model has not seen: those held out, or where fewer than
     MIN_HELD_OUT are, each training person to the nearest other one (`reference_is` says which).
     `nearer_than_reference` is the share of synthetic images that lie nearer to a training image than any of the
     reference people does; `nearest_is_training` the share whose nearest real image is a training image rather than a
-    held-out one. Beside each stands what it is by chance when nothing is copied, with the range that holds 95 %.
+    held-out one; `membership` how well nearness to the synthetic images tells training people from held-out ones (area
+    under the curve). Beside each stands what it is by chance when nothing is copied, with the range that holds 95 %.
     """
 
     training: int
@@ -46,27 +52,31 @@ class Memorisation:
     nearer_by_chance: Estimate
     nearest_is_training: Estimate
     training_by_chance: Estimate
-    identical: int
+    membership: Estimate
+    membership_by_chance: Estimate
+    least: float  # the smallest distance of a synthetic image to a training image
+    identical: int  # synthetic images nearer than IDENTICAL_RMSE to one, which means copies only of grey values
+    suspects: tuple[int, ...]  # synthetic images nearer than the reference, nearest first
 
 
 def memorisation(
-    synthetic: Sequence[Sketch],
-    training: Iterable[Sketch],
-    held_out: Sequence[Sketch],
-    mask_XYZ: np.ndarray,
-    seed: int,
+    made_N2F: np.ndarray, training: Iterable[np.ndarray], unseen_M2F: np.ndarray, seed: int
 ) -> Memorisation:
-    """Compares `synthetic` and `held_out` with every image of `training`, which is gone through once, in blocks."""
-    queries = np.stack([_both_ways(look, mask_XYZ) for look in (*synthetic, *held_out)])
-    made, unseen = queries[: len(synthetic)], queries[len(synthetic) :]
+    """Compares synthetic and held-out images, each as it is and mirrored, with every image of `training`.
+
+    `training` gives blocks (n, 1 or 2, F), the second being the mirror images, and is gone through once.
+    """
+    made, unseen = made_N2F, unseen_M2F
+    queries = np.concatenate([made, unseen]) if len(unseen) else made
     nearest, who = np.full(len(queries), np.inf), np.zeros(len(queries), dtype=int)
-    trained, among_training = 0, []
-    for block in _blocks(training, mask_XYZ):
+    trained, among_training, to_made = 0, [], []
+    for block in training:
         apart = _apart(queries, block[:, 0])
         closest = apart.argmin(axis=1)
         distance = apart[np.arange(len(queries)), closest]
         who = np.where(distance < nearest, trained + closest, who)
         nearest = np.minimum(nearest, distance)
+        to_made.append(apart[: len(made)].min(axis=0))
         trained += len(block)
         if len(unseen) < MIN_HELD_OUT:
             among_training.append(block)
@@ -80,6 +90,9 @@ def memorisation(
         reference, reference_is = _leave_one_out(among_training), "training people, to another"
     nearer, nearer_by_chance = _nearer(own, reference)
     seen, seen_by_chance = _seen_or_not(made, own, who[: len(made)], unseen, trained, seed)
+    membership, membership_by_chance = _membership(np.concatenate(to_made), made, unseen, seed)
+    order = np.argsort(own)
+    bound = reference.min() if len(reference) else 0.0
     return Memorisation(
         trained,
         len(unseen),
@@ -90,8 +103,37 @@ def memorisation(
         nearer_by_chance,
         seen,
         seen_by_chance,
+        membership,
+        membership_by_chance,
+        float(own.min()),
         int((own < IDENTICAL_RMSE).sum()),
+        tuple(int(i) for i in order if own[i] < bound),
     )
+
+
+def voxel_features(looks: Iterable[Sketch], mask_XYZ: np.ndarray) -> np.ndarray:
+    """(n, 2, F): the voxels of the brain at about 4 mm of images as they are, and mirrored."""
+    rows = [np.stack([look.coarse_XYZ[mask_XYZ], look.coarse_XYZ[::-1][mask_XYZ]]) for look in looks]
+    return np.stack(rows) if rows else np.empty((0, 2, int(mask_XYZ.sum())), dtype=np.float32)
+
+
+def _membership(members: np.ndarray, made: np.ndarray, unseen: np.ndarray, seed: int) -> tuple[Estimate, Estimate]:
+    """Area under the curve with which the distance to the nearest synthetic image tells members from others."""
+    if len(unseen) < MIN_HELD_OUT or len(members) < 2 * MIN_HELD_OUT:
+        none = Estimate.none("too few people were held out to be told from those trained on", len(unseen))
+        return none, none
+    others = _apart(made, unseen[:, 0]).min(axis=0)
+    found = area_under_curve((-others).tolist(), (-members).tolist())
+    generator, size = stream(seed, "evaluate/membership"), min(len(others), len(members) // 2)
+    areas = np.empty(DRAWS)
+    ranks = stats.rankdata(-members)
+    for draw in range(DRAWS):
+        left_out = generator.permutation(len(members))[:size]
+        # Mann and Whitney's U of the rest, from the ranks of those left out.
+        below = ranks[left_out].sum() - size * (size + 1) / 2
+        areas[draw] = 1 - below / (size * (len(members) - size))
+    low, high = np.quantile(areas, [_TAIL, 1 - _TAIL]).tolist()
+    return found, Estimate(float(areas.mean()), low, high, len(members), f"{DRAWS} games among training people")
 
 
 def _nearer(own: np.ndarray, reference: np.ndarray) -> tuple[Estimate, Estimate]:
@@ -130,33 +172,18 @@ def _seen_or_not(
 
 def _nothing(reason: str, synthetic: int, held_out: int) -> Memorisation:
     none = Estimate.none(reason, synthetic)
-    return Memorisation(0, held_out, "", none, none, none, none, none, none, 0)
+    return Memorisation(0, held_out, "", none, none, none, none, none, none, none, none, float("inf"), 0, ())
 
 
-def _both_ways(look: Sketch, mask_XYZ: np.ndarray) -> np.ndarray:
-    """(2, v): the voxels of the brain of an image as it is, and mirrored."""
-    return np.stack([look.coarse_XYZ[mask_XYZ], look.coarse_XYZ[::-1][mask_XYZ]]).astype(np.float64)
-
-
-def _blocks(looks: Iterable[Sketch], mask_XYZ: np.ndarray, size: int = 256) -> Iterator[np.ndarray]:
-    """(n, 2, v), n at most `size`."""
-    block: list[np.ndarray] = []
-    for look in looks:
-        block.append(_both_ways(look, mask_XYZ))
-        if len(block) == size:
-            yield np.stack(block)
-            block = []
-    if block:
-        yield np.stack(block)
-
-
-def _apart(queries_N2V: np.ndarray, images_MV: np.ndarray) -> np.ndarray:
-    """(n, m): the distance of the nearer of a query's two ways to each image."""
-    return np.minimum(_rmse(queries_N2V[:, 0], images_MV), _rmse(queries_N2V[:, 1], images_MV))
+def _apart(queries_NWF: np.ndarray, images_MF: np.ndarray) -> np.ndarray:
+    """(n, m): the distance of the nearest of a query's ways to each image."""
+    ways = [_rmse(queries_NWF[:, way].astype(np.float64), images_MF) for way in range(queries_NWF.shape[1])]
+    return np.minimum.reduce(ways)
 
 
 def _rmse(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """(n, m) root-mean-square differences between the rows of (n, v) and (m, v)."""
+    second = second.astype(np.float64)
     squares = (first**2).sum(axis=1)[:, None] + (second**2).sum(axis=1)[None, :] - 2 * first @ second.T
     return np.sqrt(np.maximum(squares, 0) / first.shape[1])
 

@@ -4,15 +4,17 @@ and what it means. Every kind of judgement ends here, so that a new one needs on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from brainldm.evaluate.conditioning import Agreement
 from brainldm.evaluate.coverage import Manifolds
 from brainldm.evaluate.distribution import Distance
-from brainldm.evaluate.diversity import Diversity
+from brainldm.evaluate.diversity import FOUR_G_R_SSIM, FOUR_G_SSIM, MS_SSIM, Diversity
 from brainldm.evaluate.estimate import Estimate, difference, difference_of_means, mean, standard_deviation
+from brainldm.evaluate.features import FeatureSpace
+from brainldm.evaluate.frechet import SetDistance
 from brainldm.evaluate.memorisation import Memorisation
 
 SECTIONS = {
@@ -43,6 +45,7 @@ VOLUME = Unit("mm^3", "mL", 1e-3, 1)
 LARGE_VOLUME = Unit("mm^3", "mL", 1e-3, 0)
 YEARS = Unit("year", "years", 1.0, 1)
 INTENSITY = Unit("intensity range", "", 1.0, 4)
+GENERAL = Unit("", "", 1.0, 4)
 SHARE = Unit("share", "%", 100.0, 0)
 
 
@@ -144,24 +147,94 @@ def sex_rows(synthetic: Estimate, real: Estimate | None) -> list[Row]:
     ]
 
 
-def diversity_rows(synthetic: Diversity, real: Diversity | None) -> list[Row]:
-    """MS-SSIM between synthetic and between real images, and how far apart the two are."""
-    apart = None
-    if real is not None:
-        apart = difference(synthetic.estimate, real.estimate, (synthetic.standard_error, real.standard_error))
+LIKENESS = {
+    MS_SSIM: (
+        "MS-SSIM between pairs",
+        "How alike two images of the set are; 1 is identical. Clearly above the real value: the model makes too few "
+        "kinds of brain. Clearly below: it adds noise or makes what is no brain.",
+    ),
+    FOUR_G_R_SSIM: (
+        "4-G-R-SSIM between pairs",
+        "The same by the structure of gradients in edges, changed edges, smooth parts and texture, each counting the "
+        "same; grey values do not matter.",
+    ),
+    FOUR_G_SSIM: (
+        "4-G-SSIM between pairs",
+        "4-G-R-SSIM with luminance and contrast in it too: the other reading of the published formula.",
+    ),
+}
+
+
+def diversity_rows(synthetic: Mapping[str, Diversity], real: Mapping[str, Diversity] | None) -> list[Row]:
+    """Likeness of pairs of synthetic and of real images, and how far apart the two are."""
+    rows = []
+    for name, (title, meaning) in LIKENESS.items():
+        own, other = synthetic[name], None if real is None else real[name]
+        apart = None
+        if other is not None:
+            apart = difference(own.estimate, other.estimate, (own.standard_error, other.standard_error))
+        reference = None if other is None else other.estimate
+        rows.append(
+            Row("diversity", name, title, PLAIN, "the real value", meaning, own.estimate, reference, difference=apart)
+        )
+    return rows
+
+
+def feature_rows(found: SetDistance, space: FeatureSpace) -> list[Row]:
+    """Distances between the sets in a space of features, each beside two halves of the real set."""
+    same = "two halves of the real"
+    what = (
+        (
+            "frechet",
+            "Frechet distance, equal sizes",
+            GENERAL,
+            same,
+            "How far the sets lie apart in mean and covariance of the network's features; synthetic to real, and real "
+            "to real, from sets of one size. It depends on the network and on the number of images.",
+            found.matched,
+            found.real,
+        ),
+        (
+            "frechet_ratio",
+            "Frechet distance, times the real",
+            PLAIN,
+            "1",
+            "The row above divided by its reference, which takes network and number of images out of it.",
+            found.ratio,
+            None,
+        ),
+        (
+            "frechet_all",
+            "Frechet distance, all images",
+            GENERAL,
+            "compare with equal counts only",
+            "With every image of both sides: the figure that publications give. Fewer images give a larger one.",
+            found.all,
+            None,
+        ),
+        (
+            "kernel",
+            "Kernel distance (KID)",
+            GENERAL,
+            same,
+            "The squared maximum mean discrepancy of the features, unbiased: 0 on average for equal sets of any size.",
+            found.kernel,
+            found.kernel_real,
+        ),
+    )
     return [
         Row(
-            "diversity",
-            "ms_ssim",
-            "MS-SSIM between pairs",
-            PLAIN,
-            "the real value",
-            "How alike two images of the set are; 1 is identical. Clearly above the real value: the model makes too "
-            "few kinds of brain. Clearly below: it adds noise or makes what is no brain.",
-            synthetic.estimate,
-            None if real is None else real.estimate,
-            difference=apart,
+            "distribution",
+            f"{space.name}.{name}",
+            f"{title} ({space.title})",
+            unit,
+            best,
+            meaning,
+            synthetic,
+            reference,
+            same,
         )
+        for name, title, unit, best, meaning, synthetic, reference in what
     ]
 
 
@@ -264,36 +337,41 @@ def manifold_rows(found: Manifolds, by_chance: Manifolds) -> list[Row]:
     ]
 
 
-def memorisation_rows(found: Memorisation) -> list[Row]:
-    """Whether synthetic images lie nearer to training images than unseen people do."""
+def memorisation_rows(found: Memorisation, space: FeatureSpace | None) -> list[Row]:
+    """Whether synthetic images lie nearer to training images than unseen people do: in the voxels of the brain at 4 mm,
+    or in a space of features."""
+    before, of = ("", "voxels") if space is None else (f"{space.name}.", space.title)
+    unit = INTENSITY if space is None else GENERAL
+    in_what = "grey values (0 to 1), in the brain at 4 mm" if space is None else f"the features of the {of}"
     return [
         Row(
             "memorisation",
-            "nearest_training_rmse",
-            "Distance to nearest training image",
-            INTENSITY,
+            f"{before}nearest_training_rmse",
+            f"Distance to nearest training image ({of})",
+            unit,
             "not below",
-            "Median of the root-mean-square difference in grey values (0 to 1), in the brain at 4 mm. Much smaller "
-            "than between people: copies. Blurred images are somewhat nearer to everybody.",
+            f"Median of the root-mean-square difference in {in_what}. Much smaller than between people: copies. "
+            "Blurred images are somewhat nearer to everybody.",
             found.synthetic,
             found.reference,
             found.reference_is or "unseen people",
         ),
         Row(
             "memorisation",
-            "nearer_than_unseen",
-            "Nearer to it than any person above",
+            f"{before}nearer_than_unseen",
+            f"Nearer to it than any person above ({of})",
             SHARE,
             "chance",
-            "The share of synthetic brains that lie nearer to a training image than every person of the row above.",
+            "The share of synthetic brains that lie nearer to a training image than every person of the row above; the "
+            "reference is how often that happens to somebody who is no copy (the false-positive rate).",
             found.nearer_than_reference,
             found.nearer_by_chance,
             "chance",
         ),
         Row(
             "memorisation",
-            "nearest_is_training",
-            "Nearest person was in training",
+            f"{before}nearest_is_training",
+            f"Nearest person was in training ({of})",
             SHARE,
             "chance",
             "Of all real people, the nearest to a brain should be one that the model has seen only as often as there "
@@ -301,5 +379,17 @@ def memorisation_rows(found: Memorisation) -> list[Row]:
             found.nearest_is_training,
             found.training_by_chance,
             "chance",
+        ),
+        Row(
+            "memorisation",
+            f"{before}membership_auc",
+            f"Membership told: area under the curve ({of})",
+            PLAIN,
+            "chance",
+            "How well somebody who holds only the synthetic brains tells who was in the training, by who lies near one "
+            "of them. 0.5 is not at all; the reference is the same game among training people alone.",
+            found.membership,
+            found.membership_by_chance,
+            "members only",
         ),
     ]

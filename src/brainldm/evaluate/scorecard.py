@@ -5,6 +5,7 @@ OUT/measured.tsv                asked and measured, an image a row
 OUT/measured_reference.tsv      the same of the real people: recorded and measured
 OUT/measured.jsonl              what the instrument found, by image hash: a rerun measures only what is new
 OUT/failures.tsv                images that could not be judged, and why (only where there are any)
+OUT/features/                   features of every image, by its hash: a rerun computes only what is new
 OUT/figures/                    middle slices, all in one grey scale
 OUT/learning_curves.json        of the training run, where one was named
 """
@@ -26,11 +27,12 @@ from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.files import locked_folder, make_folder, write_json, write_text
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.tables import write_table
-from brainldm.evaluate import printed
+from brainldm.evaluate import gradient_ssim, printed
 from brainldm.evaluate.caveats import caveats
 from brainldm.evaluate.curves import learning_curves
 from brainldm.evaluate.diversity import KERNEL, SIGMA_VOXELS, scale_weights
 from brainldm.evaluate.examine import Examination
+from brainldm.evaluate.features import FeatureSpace
 from brainldm.evaluate.images import Failure, ImageFolder, open_images
 from brainldm.evaluate.judge import Findings, Judge
 from brainldm.evaluate.measuring import Instrument
@@ -122,6 +124,7 @@ def evaluate_dataset(
     max_real: int = 200,
     runs: str | Path | None = None,
     predictors: Sequence[str | Path] = (),
+    features: Sequence[str] = ("random",),
     show_real: bool = True,
     progress: Progress = Quiet(),  # noqa: B008  # stateless
 ) -> Scorecard:
@@ -129,7 +132,8 @@ def evaluate_dataset(
 
     `measure` finds volumes in images (by default the one without trained weights). At most `max_real` real images,
     drawn at random, are measured and compared as a set; the search for copies looks at every training image. `runs` is
-    a training run whose curves go along; `predictors` are folders of trained predictors of age and sex. Images that
+    a training run whose curves go along; `predictors` are folders of trained predictors of age and sex; `features` name
+    the spaces in which sets are compared (networks.space_named). Images that
     cannot be judged are listed in failures.tsv (and in `.failures`) and the rest is judged; BadInput when there is
     nothing to judge.
     """
@@ -142,8 +146,9 @@ def evaluate_dataset(
     curves = None if runs is None else learning_curves(Path(runs))
     crew = workers or usable_cpus()
     trained = _read_predictors(predictors)
+    spaces = _feature_spaces(features)
     instrument = measure or _default_measure()
-    judge = Judge(made, people, out, instrument, pairs, seed, crew, max_real, progress, trained)
+    judge = Judge(made, people, out, instrument, pairs, seed, crew, max_real, progress, trained, spaces)
     with locked_folder(out):
         found = judge.run(show_real=show_real)
         card = _scorecard(judge, found)
@@ -163,6 +168,7 @@ def _scorecard(judge: Judge, found: Findings) -> Scorecard:
         },
         "instrument": judge.instrument.name,
         "predictors": {name: predictor.name for name, predictor in judge.predictors.items()},
+        "features": [space.name for space in judge.spaces],
         "pairs": judge.pairs,
         "max_real": judge.max_real,
         "ms_ssim": {
@@ -171,6 +177,13 @@ def _scorecard(judge: Judge, found: Findings) -> Scorecard:
             "data_range": 1,
             "scales": len(weights),
             "weights": list(weights),
+        },
+        "4_g_r_ssim": {
+            "kernel": gradient_ssim.KERNEL,
+            "sigma_voxels": gradient_ssim.SIGMA_VOXELS,
+            "data_range": 1,
+            "exponents": list(gradient_ssim.STRUCTURE),
+            "thresholds": [gradient_ssim.EDGE, gradient_ssim.SMOOTH],
         },
     }
     versions = {
@@ -241,6 +254,14 @@ def _read_predictors(folders: Sequence[str | Path]) -> dict[str, Instrument]:
     from brainldm.cohort.predictor import read_predictor  # imports torch, which takes a second
 
     return {predictor.target: predictor for predictor in map(read_predictor, map(Path, folders))}
+
+
+def _feature_spaces(names: Sequence[str]) -> list[FeatureSpace]:
+    if not names or tuple(names) == ("none",):
+        return []
+    from brainldm.evaluate.networks import space_named  # imports torch, which takes a second
+
+    return [space_named(name) for name in names]
 
 
 def _default_measure() -> Instrument:

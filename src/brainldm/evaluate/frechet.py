@@ -1,0 +1,138 @@
+"""Is the set like the real one, in a feature space? The Frechet distance (FID) and its unbiased companion (KID).
+
+The Frechet distance of two finite sets is never 0 and shrinks as they grow, so a bare value says little. Here it always
+stands beside the same distance between two halves of the real set, both taken from sets of one size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import linalg, stats
+
+from brainldm.base.streams import stream
+from brainldm.evaluate.estimate import CONFIDENCE, Estimate
+
+DRAWS = 20
+MAX_MATCHED = 1000  # images of a set in the distances between sets of one size: what the field uses
+MAX_KERNEL = 2000  # images of a side in the kernel distance, whose work grows with the square
+
+
+@dataclass(frozen=True)
+class SetDistance:
+    """`all` of synthetic to real with every image; `matched` and `real` of synthetic to real and of real to real, from
+    sets of one size, means over random draws with the range that holds 95 % of them; `ratio` of the last two. `kernel`
+    is the unbiased kernel distance and `kernel_real` the same between halves of the real set."""
+
+    all: Estimate
+    matched: Estimate
+    real: Estimate
+    ratio: Estimate
+    kernel: Estimate
+    kernel_real: Estimate
+
+    @classmethod
+    def none(cls, reason: str, n: int = 0) -> SetDistance:
+        return cls(*(Estimate.none(reason, n) for _ in range(6)))
+
+
+def frechet_distance(first_NF: np.ndarray, second_MF: np.ndarray) -> float:
+    """Lower is better, 0 is equal means and covariances: |mean difference|^2 + tr(A + B - 2 (A B)^(1/2)), in squared
+    units of the features, covariances with n - 1 (Heusel et al. 2017).
+
+    Exact, also where there are fewer images than features: with A = X'X and B = Y'Y the trace of the root is the sum of
+    the singular values of X Y'. At least 2 rows each; ValueError otherwise.
+    """
+    x, y = np.asarray(first_NF, dtype=np.float64), np.asarray(second_MF, dtype=np.float64)
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
+        raise ValueError(
+            f"features of shapes {x.shape} and {y.shape}: two sets of 2 or more rows, equally wide, are needed"
+        )
+    between_means = x.mean(axis=0) - y.mean(axis=0)
+    x, y = (part - part.mean(axis=0) for part in (x, y))
+    x, y = (part / math.sqrt(len(part) - 1) for part in (x, y))
+    traces = float((x**2).sum() + (y**2).sum())
+    x, y = (_smaller_root(part) for part in (x, y))
+    root = float(linalg.svdvals(x @ y.T, check_finite=True).sum())
+    return max(0.0, float(between_means @ between_means) + traces - 2 * root)
+
+
+def _smaller_root(x_NF: np.ndarray) -> np.ndarray:
+    """R with R'R = X'X and no more rows than features."""
+    return x_NF if x_NF.shape[0] <= x_NF.shape[1] else linalg.qr(x_NF, mode="r")[0][: x_NF.shape[1]]
+
+
+def kernel_distance(first_NF: np.ndarray, second_MF: np.ndarray) -> Estimate:
+    """Lower is better, 0 on average for equal distributions, negative by chance: the unbiased squared maximum mean
+    discrepancy with the kernel (x'y / F + 1)^3 (Binkowski et al. 2018), and its jackknife's interval over images."""
+    x, y = np.asarray(first_NF, dtype=np.float64), np.asarray(second_MF, dtype=np.float64)
+    n, m = len(x), len(y)
+    if min(n, m) < 2:
+        return Estimate.none(f"a distance between sets needs at least 2 images on each side, one has {min(n, m)}")
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        cube: np.ndarray = (a @ b.T / a.shape[1] + 1) ** 3
+        return cube
+
+    own_x, own_y, across = kernel(x, x), kernel(y, y), kernel(x, y)
+    np.fill_diagonal(own_x, 0)
+    np.fill_diagonal(own_y, 0)
+    value = own_x.sum() / (n * (n - 1)) + own_y.sum() / (m * (m - 1)) - 2 * across.mean()
+    if min(n, m) < 4:
+        return Estimate(float(value), n=min(n, m), reason="an interval needs at least 4 images on each side")
+    variance = 0.0
+    for own, other, between in ((own_x, own_y, across), (own_y, own_x, across.T)):
+        count, rest = len(own), len(other)
+        without = (own.sum() - 2 * own.sum(axis=1)) / ((count - 1) * (count - 2))
+        without += other.sum() / (rest * (rest - 1))
+        without -= 2 * (between.sum() - between.sum(axis=1)) / ((count - 1) * rest)
+        variance += (count - 1) / count * float(((without - without.mean()) ** 2).sum())
+    half = float(stats.norm.ppf(0.5 + CONFIDENCE / 2)) * math.sqrt(variance)
+    return Estimate(float(value), float(value - half), float(value + half), min(n, m), "jackknife over images")
+
+
+def set_distance(synthetic_MF: np.ndarray, real_NF: np.ndarray, seed: int) -> SetDistance:
+    """All distances of the synthetic to the real features; nulls with reasons where there are too few."""
+    m, n = len(synthetic_MF), len(real_NF)
+    if min(m, n) < 2:
+        return SetDistance.none(
+            f"a distance between sets needs at least 2 images on each side, one has {min(m, n)}", min(m, n)
+        )
+    generator = stream(seed, "evaluate/frechet")
+    features = real_NF.shape[1]
+    note = (
+        f"fewer images than the {features} features: compare only with sets of this size"
+        if min(m, n) <= features
+        else ""
+    )
+    everything = Estimate(frechet_distance(synthetic_MF, real_NF), n=min(m, n), reason=note)
+    size = min(m, n // 2, MAX_MATCHED)
+    few = min(MAX_KERNEL, m), min(MAX_KERNEL, n)
+    kernel = kernel_distance(
+        *(side[generator.choice(len(side), k, replace=False)] for side, k in zip((synthetic_MF, real_NF), few))
+    )
+    if size < 2:
+        none = Estimate.none("halves of the real set need at least 4 real images", n)
+        return SetDistance(everything, none, none, none, kernel, none)
+    matched, real, kernels = np.empty(DRAWS), np.empty(DRAWS), np.empty(DRAWS)
+    for draw in range(DRAWS):
+        made = synthetic_MF[generator.choice(m, size, replace=False)]
+        order = generator.permutation(n)
+        half, other = real_NF[order[:size]], real_NF[order[size : 2 * size]]
+        matched[draw], real[draw] = frechet_distance(made, half), frechet_distance(half, other)
+        kernels[draw] = kernel_distance(half, other).value or 0.0
+    smallest = float(real.mean())
+    if smallest <= 0:
+        ratio = Estimate.none("the real images are all the same", n)
+    else:
+        ratio = _of_draws(matched / smallest, size)
+    return SetDistance(
+        everything, _of_draws(matched, size), _of_draws(real, size), ratio, kernel, _of_draws(kernels, size)
+    )
+
+
+def _of_draws(values: np.ndarray, n: int) -> Estimate:
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
+    return Estimate(float(values.mean()), low, high, n, f"{len(values)} random draws of {n}")

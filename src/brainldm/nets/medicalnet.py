@@ -1,0 +1,85 @@
+"""MedicalNet's 3-D ResNet (Chen, Ma and Zheng 2019, "Med3D"), as its published encoders are built.
+
+Depth 50, shortcut type B, no segmentation head: 7 x 7 x 7 stem of stride 2, maximum of stride 2, four stages of which
+only the second halves; the third and fourth are dilated by 2 and 4 instead. Parameter names are those of the published
+checkpoints, without their "module." prefix. Weights come from the user: none are shipped.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+_EXPANSION = 4
+
+
+@dataclass(frozen=True)
+class MedicalNetConfig:
+    """ResNet-50 as published; other depths and strides for tests. Features: 4 x the last width."""
+
+    blocks: tuple[int, ...] = (3, 4, 6, 3)
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    strides: tuple[int, ...] = (1, 2, 1, 1)
+    dilations: tuple[int, ...] = (1, 1, 2, 4)
+
+    @property
+    def features(self) -> int:
+        return _EXPANSION * self.widths[-1]
+
+
+class Bottleneck(nn.Module):
+    """1 - 3 - 1 convolutions with a residual; the width grows fourfold at the end."""
+
+    def __init__(self, before: int, width: int, stride: int, dilation: int) -> None:
+        super().__init__()
+        after = _EXPANSION * width
+        self.conv1 = nn.Conv3d(before, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm3d(width)
+        self.conv2 = nn.Conv3d(width, width, 3, stride=stride, padding=dilation, dilation=dilation, bias=False)
+        self.bn2 = nn.BatchNorm3d(width)
+        self.conv3 = nn.Conv3d(width, after, 1, bias=False)
+        self.bn3 = nn.BatchNorm3d(after)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or before != after:
+            self.downsample = nn.Sequential(
+                nn.Conv3d(before, after, 1, stride=stride, bias=False), nn.BatchNorm3d(after)
+            )
+
+    def forward(self, x_BCXYZ: torch.Tensor) -> torch.Tensor:
+        y = self.relu(self.bn1(self.conv1(x_BCXYZ)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return self.relu(y + (x_BCXYZ if self.downsample is None else self.downsample(x_BCXYZ)))
+
+
+class MedicalNet(nn.Module):
+    """(B, 1, X, Y, Z) to pooled features (B, F): the mean of the last map over space."""
+
+    def __init__(self, config: MedicalNetConfig = MedicalNetConfig()) -> None:  # noqa: B008  # frozen
+        super().__init__()
+        self.conv1 = nn.Conv3d(1, config.widths[0], 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm3d(config.widths[0])
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool3d(3, stride=2, padding=1)
+        before, stages = config.widths[0], OrderedDict[str, nn.Module]()
+        for number, (count, width, stride, dilation) in enumerate(
+            zip(config.blocks, config.widths, config.strides, config.dilations), start=1
+        ):
+            members = []
+            for position in range(count):
+                members.append(Bottleneck(before, width, stride if position == 0 else 1, dilation))
+                before = _EXPANSION * width
+            stages[f"layer{number}"] = nn.Sequential(*members)
+        for name, stage in stages.items():
+            self.add_module(name, stage)
+        self.stages = tuple(stages)
+
+    def forward(self, image_B1XYZ: torch.Tensor) -> torch.Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(image_B1XYZ))))
+        for name in self.stages:
+            x = self.get_submodule(name)(x)
+        return x.mean(dim=(2, 3, 4))
