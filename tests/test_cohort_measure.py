@@ -37,6 +37,19 @@ def test_template_measures_near_its_labels() -> None:
     assert measured.quality["poor"] == 0
 
 
+def test_regions_add_up_to_the_brain_and_are_alike_on_both_sides() -> None:
+    found = TemplateMeasure(aligned=True)(painted_template())
+    assert len(found.regions) == 36
+    by_tissue = {tissue: 0.0 for tissue in ("grey", "white", "csf")}
+    for name, volume in found.regions.items():
+        by_tissue[name.split("_")[0]] += volume
+    assert by_tissue["grey"] + by_tissue["white"] == pytest.approx(found.brain_mm3)
+    assert by_tissue["grey"] > by_tissue["white"] > by_tissue["csf"] > 0
+    for name, volume in found.regions.items():  # the template is symmetric
+        if name.startswith(("grey_left", "white_left")):
+            assert volume == pytest.approx(found.regions[name.replace("left", "right")], rel=0.05)
+
+
 def test_measures_do_not_depend_on_intensity_units() -> None:
     image = painted_template()
     registration = register_to_template(image)

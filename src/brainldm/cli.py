@@ -445,6 +445,13 @@ def evaluate(
         list[str] | None,
         Parameter(help="Spaces to compare the sets in: random (default), med3d=CHECKPOINT, med3d-signed=..., none."),
     ] = None,
+    measure: Annotated[
+        Literal["template", "synthseg"], Parameter(help="What finds volumes: the built-in measure, or mri_synthseg.")
+    ] = "template",
+    volumes: Annotated[
+        Path | None, Parameter(help="What mri_synthseg --vol or asegstats2table found in SYNTH, instead of measuring.")
+    ] = None,
+    real_volumes: Annotated[Path | None, Parameter(help="The same of the real people.")] = None,
     max_real: Annotated[int, Parameter(help="Most real people to measure; copies are looked for among all.")] = 200,
     hide_real: Annotated[bool, Parameter(help="Show no slice of a real person on the page.", negative="")] = False,
     seed: int = 0,
@@ -459,6 +466,7 @@ def evaluate(
             synth,
             real,
             out,
+            measure=_instrument(measure),
             pairs=pairs,
             seed=seed,
             workers=workers,
@@ -466,6 +474,7 @@ def evaluate(
             runs=runs,
             predictors=predictor or (),
             features=features or ("random",),
+            volumes=None if volumes is None and real_volumes is None else (volumes, real_volumes),
             show_real=not hide_real,
             progress=progress,
         )
@@ -485,15 +494,51 @@ def measure(
         str | None,
         Parameter(help="A column of participants.tsv that holds the ventricular volume somebody else found."),
     ] = None,
+    measure_: Annotated[
+        Literal["template", "synthseg"],
+        Parameter(name="--measure", help="What finds volumes: the built-in measure, or mri_synthseg."),
+    ] = "template",
     workers: Workers = 1,
 ) -> None:
     """Ventricular and brain volume of scans, without trained weights; and how well that agrees with others."""
     from brainldm.evaluate.instrument import check_instrument
 
     with _progress() as progress:
-        check = check_instrument(study, out, against=against, workers=workers, progress=progress)
+        check = check_instrument(
+            study, out, against=against, instrument=_instrument(measure_), workers=workers, progress=progress
+        )
     _say(check.as_text())
     _say(f"A row a scan is in {out / 'measured.tsv'}.")
+
+
+def _instrument(name: str):  # type: ignore[no-untyped-def]  # an evaluate.measuring.Instrument, imported late
+    if name == "synthseg":
+        from brainldm.cohort.synthseg import SynthSegMeasure
+
+        return SynthSegMeasure()
+    from brainldm.cohort.measure import TemplateMeasure
+
+    return TemplateMeasure()
+
+
+@app.command
+def morphometry(
+    synth: Path,
+    real: Path,
+    out: Path,
+    /,
+    *,
+    head: Annotated[str | None, Parameter(help="A column with each head's size, to take it out of the others.")] = None,
+    seed: int = 0,
+) -> None:
+    """Regional volumes of two tables compared: each region's difference, and the distance of the two sets."""
+    from brainldm.evaluate.morphometry import compare_tables
+
+    found = compare_tables(synth, real, out, head=head, seed=seed)
+    for name, estimate in (("Wasserstein distance", found.matched), ("two halves of the real", found.real)):
+        value = f"none ({estimate.reason})" if estimate.value is None else f"{estimate.value:.3f}"
+        _say(f"{name}, {len(found.regions)} regions: {value}")
+    _say(f"A row a region is in {out / 'regions.tsv'}.")
 
 
 @app.command

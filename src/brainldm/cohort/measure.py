@@ -40,13 +40,14 @@ _MIXTURE_SAMPLES = 40_000
 class Measured:
     """Volumes of one head. `ventricles_mm3` (lateral and inferior lateral, both sides) and `brain_native_mm3` (grey and
     white matter) are as in the image; `brain_mm3` is the latter times `head_scaling`, template head over this head
-    (SIENAX's normalisation, UK Biobank's field 25009)."""
+    (SIENAX's normalisation, UK Biobank's field 25009). `regions` are further volumes by name, normalised likewise."""
 
     ventricles_mm3: float
     brain_mm3: float
     brain_native_mm3: float
     head_scaling: float
     quality: dict[str, float] = field(default_factory=dict)
+    regions: dict[str, float] = field(default_factory=dict)
 
 
 class VolumeMeasure(Protocol):
@@ -64,13 +65,14 @@ class TemplateMeasure:
     do, so that only the affine is sought."""
 
     aligned: bool = False
-    name: str = "brainldm-template"
+    name: str = "brainldm-template-2"
 
     def __call__(self, image: Volume, registration: Registration | None = None) -> Measured:
         """The volumes in `image`: a brain or a whole head, of any resolution and intensity scale.
 
-        `quality` holds the correlation with the template, the separation of grey and white matter in standard
-        deviations, and `poor` (1 where the numbers should not be believed).
+        `regions` are grey matter, white matter and CSF in 12 boxes of template space. `quality` holds the correlation
+        with the template, the separation of grey and white matter in standard deviations, and `poor` (1 where the
+        numbers should not be believed).
         """
         if registration is None:
             registration = register_to_template(image, aligned=self.aligned)
@@ -80,16 +82,18 @@ class TemplateMeasure:
         image = Volume(image.data_XYZ - image.data_XYZ.min(), image.affine)
         tissues = _tissues(image, registration)
         head_scaling = registration.head_scaling
-        brain_native_mm3 = _brain_template_mm3(image, registration, tissues) / head_scaling
+        regions = _template_mm3(image, registration, tissues)
+        brain_mm3 = sum(volume for name, volume in regions.items() if not name.startswith("csf"))
         separation = (tissues.white - tissues.grey) / tissues.spread
         correlation = registration.quality.get("correlation", 1.0)
         poor = correlation < POOR_CORRELATION or separation < 1.5 or not 0.6 < head_scaling < 2.6
         return Measured(
             ventricles_mm3=_ventricles_template_mm3(image, registration, tissues) / head_scaling,
-            brain_mm3=brain_native_mm3 * head_scaling,
-            brain_native_mm3=brain_native_mm3,
+            brain_mm3=brain_mm3,
+            brain_native_mm3=brain_mm3 / head_scaling,
             head_scaling=head_scaling,
             quality={"correlation": correlation, "tissue_separation": float(separation), "poor": float(poor)},
+            regions=regions,
         )
 
 
@@ -130,22 +134,54 @@ def _tissues(image: Volume, registration: Registration) -> _Tissues:
     return _Tissues(float(csf), float(grey), float(white), float(mixture.covariances_[0, 0] ** 0.5))
 
 
-def _brain_template_mm3(image: Volume, registration: Registration, tissues: _Tissues) -> float:
-    """Grey and white matter in template mm^3: every voxel of the brain less its CSF fraction beside grey matter."""
+def _template_mm3(image: Volume, registration: Registration, tissues: _Tissues) -> dict[str, float]:
+    """Grey matter, white matter and CSF in each box of template space, template mm^3.
+
+    Every voxel of the brain is its CSF fraction beside grey matter, and the rest is shared between grey and white by
+    its intensity.
+    """
     template = load_template(2)
     sampled = _in_template_space(image, registration, 2)
     inside = (_near_brain() > 0) & (sampled > 0)
-    tissue = 1.0 - tissues.csf_fraction(sampled[inside], tissues.grey)
-    return float(tissue.sum(dtype=np.float64)) * template.t1.voxel_mm3
+    intensity = sampled[inside]
+    csf = tissues.csf_fraction(intensity, tissues.grey)
+    white = np.clip((intensity - tissues.grey) / (tissues.white - tissues.grey), 0.0, 1.0)
+    box, names = _boxes()
+    volumes: dict[str, float] = {}
+    for tissue, share in (("grey", (1 - csf) * (1 - white)), ("white", (1 - csf) * white), ("csf", csf)):
+        sums = np.bincount(box[inside], weights=share.astype(np.float64), minlength=len(names))
+        volumes |= {f"{tissue}_{name}": float(total) * template.t1.voxel_mm3 for name, total in zip(names, sums)}
+    return volumes
 
 
-# ---------------------------------------------------------------------------------------------------------- ventricles
+@lru_cache(maxsize=1)
+def _boxes() -> tuple[np.ndarray, tuple[str, ...]]:
+    """Which of 12 boxes each voxel of the template at 2 mm lies in, and their names: left and right of the midline;
+    before, between and behind the anterior commissure (y = 0) and y = -45 mm; above and below z = 10 mm."""
+    t1 = load_template(2).t1
+    x, y, z = (
+        np.arange(n).reshape([-1 if axis == along else 1 for along in range(3)]) * t1.affine[axis, axis]
+        + t1.affine[axis, 3]
+        for axis, n in enumerate(t1.shape_XYZ)
+    )
+    third = (y <= 0).astype(int) + (y <= -45)
+    box = 6 * (x >= 0) + 2 * third + (z < 10)
+    names = tuple(
+        f"{side}_{along}_{height}"
+        for side in ("left", "right")
+        for along in ("anterior", "middle", "posterior")
+        for height in ("upper", "lower")
+    )
+    return np.broadcast_to(box, t1.shape_XYZ), names
 
 
 @lru_cache(maxsize=1)
 def _near_brain() -> np.ndarray:
     """The template's brain and 4 mm around it, at 2 mm: people's brains reach over the average one's edge."""
     return ndi.binary_dilation(load_template(2).brain_mask.data_XYZ > 0, iterations=2)
+
+
+# ---------------------------------------------------------------------------------------------------------- ventricles
 
 
 @dataclass(frozen=True)
@@ -220,6 +256,7 @@ _SYNTHSEG_VENTRICLES = (
 _SYNTHSEG_NOT_BRAIN = ("csf", "ventricle", "total intracranial")
 _ASEG_VENTRICLES = ("Left-Lateral-Ventricle", "Right-Lateral-Ventricle", "Left-Inf-Lat-Vent", "Right-Inf-Lat-Vent")
 _ASEG_BRAIN = ("BrainSegVolNotVent", "BrainSegNotVent")
+_NOT_VOLUMES = ("to-etiv", "holes", "qc", "maskvol")  # columns of these tables that are no region's volume
 _ASEG_HEAD = ("EstimatedTotalIntraCranialVol", "eTIV")
 
 
@@ -250,7 +287,7 @@ def measured_from_tables(path: Path) -> dict[str, Measured]:
             reason="unknown_table",
         )
     return {
-        _participant(table.rows[row][table.columns[0]]): _measured_row(table, row, ventricles, brain, head)
+        participant_of(table.rows[row][table.columns[0]]): _measured_row(table, row, ventricles, brain, head)
         for row in range(len(table))
     }
 
@@ -276,9 +313,17 @@ def _measured_row(table: Table, row: int, ventricles: list[str], brain: list[str
         raise table.fault(row, head, "is no intracranial volume.")
     head_scaling = load_template(1).head_mm3 / head_mm3
     brain_native_mm3 = total(brain)
-    return Measured(total(ventricles), brain_native_mm3 * head_scaling, brain_native_mm3, head_scaling)
+    regions = {
+        column: volume * head_scaling
+        for column in table.columns[1:]
+        if column != head
+        and not any(word in column.lower() for word in _NOT_VOLUMES)
+        and (volume := table.number(row, column)) is not None
+    }
+    return Measured(total(ventricles), brain_native_mm3 * head_scaling, brain_native_mm3, head_scaling, regions=regions)
 
 
-def _participant(text: str) -> str:
+def participant_of(text: str) -> str:
+    """The participant that a file name or path in a table of volumes is about."""
     found = re.search(r"sub-[A-Za-z0-9]+", text)
     return found.group(0) if found else Path(text).name.split(".")[0]

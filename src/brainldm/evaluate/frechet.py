@@ -13,7 +13,7 @@ import numpy as np
 from scipy import linalg, stats
 
 from brainldm.base.streams import stream
-from brainldm.evaluate.estimate import CONFIDENCE, Estimate
+from brainldm.evaluate.estimate import CONFIDENCE, Estimate, mean_of_draws
 
 DRAWS = 20
 MAX_MATCHED = 1000  # images of a set in the distances between sets of one size: what the field uses
@@ -127,12 +127,7 @@ def set_distance(synthetic_MF: np.ndarray, real_NF: np.ndarray, seed: int) -> Se
     if smallest <= 0:
         ratio = Estimate.none("the real images are all the same", n)
     else:
-        ratio = _of_draws(matched / smallest, size)
+        ratio = mean_of_draws(matched / smallest, size)
     return SetDistance(
-        everything, _of_draws(matched, size), _of_draws(real, size), ratio, kernel, _of_draws(kernels, size)
+        everything, mean_of_draws(matched, size), mean_of_draws(real, size), ratio, kernel, mean_of_draws(kernels, size)
     )
-
-
-def _of_draws(values: np.ndarray, n: int) -> Estimate:
-    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
-    return Estimate(float(values.mean()), low, high, n, f"{len(values)} random draws of {n}")

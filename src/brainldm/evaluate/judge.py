@@ -23,8 +23,9 @@ from brainldm.evaluate.features import FeatureSpace, FeatureStore, extract
 from brainldm.evaluate.frechet import set_distance
 from brainldm.evaluate.grids import JudgingGrid, judging_grid
 from brainldm.evaluate.images import Failure, ImageFolder, JudgedImage
-from brainldm.evaluate.measuring import Instrument, Measurements, measure, write_measured
+from brainldm.evaluate.measuring import Instrument, Measurements, measure, measured_in_table, write_measured
 from brainldm.evaluate.memorisation import MIN_HELD_OUT, Memorisation, memorisation, voxel_features
+from brainldm.evaluate.morphometry import morphometry, write_regions
 from brainldm.evaluate.pictures import draw_pictures, white_point
 from brainldm.evaluate.rows import (
     Row,
@@ -34,6 +35,7 @@ from brainldm.evaluate.rows import (
     feature_rows,
     manifold_rows,
     memorisation_rows,
+    region_rows,
     sex_rows,
     volume_rows,
 )
@@ -56,6 +58,7 @@ class Findings:
     copies: Memorisation | None
     failures: tuple[Failure, ...]
     seconds: Mapping[str, float]
+    instrument: str
 
 
 @dataclass
@@ -73,6 +76,7 @@ class Judge:
     progress: Progress
     predictors: Mapping[str, Instrument] = field(default_factory=dict)  # by covariate: age_years, sex
     spaces: Sequence[FeatureSpace] = ()
+    tables: Mapping[str, Path] = field(default_factory=dict)  # volumes found elsewhere, by side
     failures: list[Failure] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -128,7 +132,9 @@ class Judge:
             )
         self.seconds["all"] = time.monotonic() - begun
         seconds = {name: round(value, 2) for name, value in self.seconds.items()}
-        return Findings(grid, synthetic, real, len(sample), tuple(rows), copies, tuple(self.failures), seconds)
+        return Findings(
+            grid, synthetic, real, len(sample), tuple(rows), copies, tuple(self.failures), seconds, measured.instrument
+        )
 
     # ---- looking ----------------------------------------------------------------------------------------------------
 
@@ -155,7 +161,10 @@ class Judge:
         return found
 
     def measured(self, found: Examination, side: str) -> Measurements:
-        measured = self.asked_of(self.instrument, found.images, side)
+        if side in self.tables:
+            measured = measured_in_table(found.images, side, self.tables[side])
+        else:
+            measured = self.asked_of(self.instrument, found.images, side)
         self.failures += measured.failures
         return measured
 
@@ -247,6 +256,7 @@ class Judge:
             )
             rows += volume_rows(covariate, own, None if self.people is None else others)
         if self.people is not None:
+            rows += self.regions(measured, measured_real)
             sets = synthetic.sketches, real.sketches
             with self.timed("distribution"):
                 rows += distance_rows(intensity_distance(*sets, self.seed), mean_image_distance(*sets, self.seed))
@@ -254,6 +264,15 @@ class Judge:
                 voxels = [np.stack([look.coarse_XYZ[mask] for look in looks]) for looks in sets]
                 rows += manifold_rows(*manifolds(voxels[0], voxels[1], self.seed))
         return rows
+
+    def regions(self, measured: Measurements, measured_real: Measurements) -> list[Row]:
+        sides = [[m.regions for m in by.by_sha256.values() if m.regions] for by in (measured, measured_real)]
+        with self.timed("distribution"):
+            found = morphometry(sides[0], sides[1], self.seed)
+        if found is None:
+            return []
+        write_regions(self.out / "regions.tsv", found)
+        return region_rows(found)
 
     def in_spaces(self, synthetic: Examination, real: Examination, grid: JudgingGrid) -> list[Row]:
         rows = []

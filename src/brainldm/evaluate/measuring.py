@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -34,15 +34,17 @@ class Instrument(Protocol):
     def name(self) -> str: ...
 
     def __call__(self, image: Volume) -> Any:
-        """A dataclass whose float fields are what was found; a field `quality` may map names to further figures."""
+        """A dataclass whose float fields are what was found; a field `quality` may map names to further figures, and
+        a field `regions` names of regions to volumes in mm^3."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What the instrument found in one image: `values` by name, and figures of its own `quality`."""
+    """What the instrument found in one image: `values` by name, figures of its own `quality`, volumes of `regions`."""
 
     values: Mapping[str, float]
     quality: Mapping[str, float]
+    regions: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,11 @@ def measure_one(image: JudgedImage, instrument: Instrument) -> Measurement:
             path=image.path,
             reason="not_measurable",
         )
-    quality = {k: float(v) for k, v in getattr(found, "quality", {}).items() if math.isfinite(float(v))}
-    return Measurement(values, quality)
+    quality, regions = (
+        {k: float(v) for k, v in getattr(found, name, {}).items() if math.isfinite(float(v))}
+        for name in ("quality", "regions")
+    )
+    return Measurement(values, quality, regions)
 
 
 def measure(
@@ -89,7 +94,7 @@ def measure(
 ) -> Measurements:
     """Measures what the cache does not hold yet; each result is on disk before the next is counted."""
     found = {
-        record["sha256"]: Measurement(record["values"], record["quality"])
+        record["sha256"]: Measurement(record["values"], record["quality"], record.get("regions", {}))
         for record in cache.records()
         if record.get("instrument") == instrument.name and {"sha256", "values", "quality"} <= record.keys()
     }
@@ -116,6 +121,7 @@ def measure(
             instrument=instrument.name,
             values=dict(outcome.values),
             quality=dict(outcome.quality),
+            regions={name: round(volume, 1) for name, volume in outcome.regions.items()},
         )
     wanted = {look.sha256 for look in images}
     return Measurements(
@@ -123,6 +129,29 @@ def measure(
         {sha256: measurement for sha256, measurement in found.items() if sha256 in wanted},
         tuple(failure for _, failure in sorted(failures, key=lambda pair: pair[0])),
     )
+
+
+def measured_in_table(images: Sequence[Examined], side: str, path: Path) -> Measurements:
+    """The images' volumes from a table that SynthSeg or FreeSurfer wrote, by participant; images that it lacks become
+    failures."""
+    from brainldm.cohort.measure import measured_from_tables, participant_of
+
+    table = measured_from_tables(path)
+    found, failures = {}, []
+    for look in images:
+        measured = table.get(look.image.participant_id) or table.get(participant_of(look.image.file))
+        if measured is None:
+            missing = BadInput(
+                f"has no row in {path.name}.",
+                remedy="Segment this image too, or leave the image out.",
+                path=look.image.path,
+                reason="not_in_table",
+            )
+            failures.append(Failure.of(side, look.image, missing))
+            continue
+        values = {name: float(getattr(measured, name)) for name in ("ventricles_mm3", "brain_mm3")}
+        found[look.sha256] = Measurement(values, {}, measured.regions)
+    return Measurements(f"table:{path.name}", found, tuple(failures))
 
 
 def write_measured(

@@ -16,6 +16,7 @@ from brainldm.evaluate.estimate import Estimate, difference, difference_of_means
 from brainldm.evaluate.features import FeatureSpace
 from brainldm.evaluate.frechet import SetDistance
 from brainldm.evaluate.memorisation import Memorisation
+from brainldm.evaluate.morphometry import Morphometry
 
 SECTIONS = {
     "conditioning": "Does it obey?",
@@ -235,6 +236,44 @@ def feature_rows(found: SetDistance, space: FeatureSpace) -> list[Row]:
             same,
         )
         for name, title, unit, best, meaning, synthetic, reference in what
+    ]
+
+
+def region_rows(found: Morphometry) -> list[Row]:
+    """Regional volumes as a whole, and the region that differs most."""
+    same, count, worst = "two halves of the real", len(found.regions), found.regions[0]
+    return [
+        Row(
+            "distribution",
+            "regions.wasserstein",
+            f"Volumes of {count} regions: Wasserstein distance",
+            PLAIN,
+            same,
+            "How far people would have to be moved in the space of regional volumes (standard deviations of the real, "
+            "a region) to become the other set; from sets of one size. Every region is in regions.tsv.",
+            found.matched,
+            found.real,
+            same,
+        ),
+        Row(
+            "distribution",
+            "regions.wasserstein_ratio",
+            f"Volumes of {count} regions: distance, times the real",
+            PLAIN,
+            "1",
+            "The row above divided by its reference.",
+            found.ratio,
+        ),
+        Row(
+            "distribution",
+            "regions.largest_d",
+            f"Region that differs most: {worst.name.replace('_', ' ')}, Cohen's d",
+            PLAIN,
+            "0",
+            f"Synthetic less real mean in standard deviations, of the largest difference among {count}: by chance "
+            "alone the largest of so many is not 0.",
+            worst.cohen_d,
+        ),
     ]
 
 

@@ -3,6 +3,7 @@
 OUT/scorecard.json              all of it, for machines          OUT/scorecard.tsv, scorecard.md   for people
 OUT/measured.tsv                asked and measured, an image a row
 OUT/measured_reference.tsv      the same of the real people: recorded and measured
+OUT/regions.tsv                 every region's volumes in both sets, with Cohen's d
 OUT/measured.jsonl              what the instrument found, by image hash: a rerun measures only what is new
 OUT/failures.tsv                images that could not be judged, and why (only where there are any)
 OUT/features/                   features of every image, by its hash: a rerun computes only what is new
@@ -125,6 +126,7 @@ def evaluate_dataset(
     runs: str | Path | None = None,
     predictors: Sequence[str | Path] = (),
     features: Sequence[str] = ("random",),
+    volumes: tuple[str | Path | None, str | Path | None] | None = None,
     show_real: bool = True,
     progress: Progress = Quiet(),  # noqa: B008  # stateless
 ) -> Scorecard:
@@ -133,7 +135,8 @@ def evaluate_dataset(
     `measure` finds volumes in images (by default the one without trained weights). At most `max_real` real images,
     drawn at random, are measured and compared as a set; the search for copies looks at every training image. `runs` is
     a training run whose curves go along; `predictors` are folders of trained predictors of age and sex; `features` name
-    the spaces in which sets are compared (networks.space_named). Images that
+    the spaces in which sets are compared (networks.space_named). `volumes` are tables of SynthSeg or FreeSurfer for the
+    synthetic and the real images, instead of `measure`. Images that
     cannot be judged are listed in failures.tsv (and in `.failures`) and the rest is judged; BadInput when there is
     nothing to judge.
     """
@@ -147,8 +150,9 @@ def evaluate_dataset(
     crew = workers or usable_cpus()
     trained = _read_predictors(predictors)
     spaces = _feature_spaces(features)
+    tables = _volume_tables(volumes, real)
     instrument = measure or _default_measure()
-    judge = Judge(made, people, out, instrument, pairs, seed, crew, max_real, progress, trained, spaces)
+    judge = Judge(made, people, out, instrument, pairs, seed, crew, max_real, progress, trained, spaces, tables)
     with locked_folder(out):
         found = judge.run(show_real=show_real)
         card = _scorecard(judge, found)
@@ -166,7 +170,7 @@ def _scorecard(judge: Judge, found: Findings) -> Scorecard:
             "voxel_mm": [round(float(v), 4) for v in found.grid.voxel_mm],
             "rule": "the coarser of the two folders' most common grids",
         },
-        "instrument": judge.instrument.name,
+        "instrument": found.instrument,
         "predictors": {name: predictor.name for name, predictor in judge.predictors.items()},
         "features": [space.name for space in judge.spaces],
         "pairs": judge.pairs,
@@ -254,6 +258,18 @@ def _read_predictors(folders: Sequence[str | Path]) -> dict[str, Instrument]:
     from brainldm.cohort.predictor import read_predictor  # imports torch, which takes a second
 
     return {predictor.target: predictor for predictor in map(read_predictor, map(Path, folders))}
+
+
+def _volume_tables(volumes: tuple[str | Path | None, str | Path | None] | None, real: Path | None) -> dict[str, Path]:
+    if volumes is None:
+        return {}
+    synthetic, of_real = volumes
+    if synthetic is None or (of_real is None) != (real is None):
+        raise UsageError(
+            "volumes of one side only: the two would be measured by different instruments.",
+            remedy="Give --volumes and, where there is a --real, --real-volumes, both by the same program.",
+        )
+    return {"synthetic": Path(synthetic)} | ({} if of_real is None else {"real": Path(of_real)})
 
 
 def _feature_spaces(names: Sequence[str]) -> list[FeatureSpace]:

@@ -59,7 +59,7 @@ class Bottleneck(nn.Module):
 class MedicalNet(nn.Module):
     """(B, 1, X, Y, Z) to pooled features (B, F): the mean of the last map over space."""
 
-    def __init__(self, config: MedicalNetConfig = MedicalNetConfig()) -> None:  # noqa: B008  # frozen
+    def __init__(self, config: MedicalNetConfig = MedicalNetConfig()) -> None:
         super().__init__()
         self.conv1 = nn.Conv3d(1, config.widths[0], 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm3d(config.widths[0])

@@ -1,0 +1,44 @@
+"""Volumes by FreeSurfer's `mri_synthseg` (Billot et al. 2023), where it is installed: what the paper measured with."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from brainldm.base.errors import BadInput, EnvironmentProblem
+from brainldm.base.nifti import write_nifti
+from brainldm.base.volume import Volume
+from brainldm.cohort.measure import Measured, measured_from_tables
+
+PROGRAM = "mri_synthseg"
+
+
+@dataclass(frozen=True)
+class SynthSegMeasure:
+    """Runs the program on one image at a time, on the CPU. Its start takes longer than its work: for many images run it
+    yourself on the whole folder and give its table (`--volumes`)."""
+
+    name: str = PROGRAM
+
+    def __call__(self, image: Volume) -> Measured:
+        """BadInput when the program fails on the image; EnvironmentProblem when it is not installed."""
+        program = shutil.which(PROGRAM)
+        if program is None:
+            raise EnvironmentProblem(
+                f"{PROGRAM} is not installed here.",
+                remedy="Install FreeSurfer 7.4 or newer and source its SetUpFreeSurfer.sh, or leave --measure out.",
+                reason="not_installed",
+            )
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            scan, table = folder / "sub-image.nii.gz", folder / "volumes.csv"
+            write_nifti(scan, image.data_XYZ, image.affine, dtype="float32")
+            command = [program, "--i", str(scan), "--o", str(folder / "labels.nii.gz"), "--vol", str(table), "--cpu"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0 or not table.is_file():
+                last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["it said nothing"]
+                raise BadInput(f"{PROGRAM} could not segment it: {last[0]}.", reason="not_measurable")
+            return next(iter(measured_from_tables(table).values()))
