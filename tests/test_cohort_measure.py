@@ -40,7 +40,7 @@ def test_template_measures_near_its_labels() -> None:
 def test_regions_add_up_to_the_brain_and_are_alike_on_both_sides() -> None:
     found = TemplateMeasure(aligned=True)(painted_template())
     assert len(found.regions) == 36
-    by_tissue = {tissue: 0.0 for tissue in ("grey", "white", "csf")}
+    by_tissue = dict.fromkeys(("grey", "white", "csf"), 0.0)
     for name, volume in found.regions.items():
         by_tissue[name.split("_")[0]] += volume
     assert by_tissue["grey"] + by_tissue["white"] == pytest.approx(found.brain_mm3)

@@ -78,7 +78,7 @@ def test_two_tables_of_anybodys(tmp_path: Path) -> None:
         compare_tables(tmp_path / "other.tsv", tmp_path / "real.tsv", tmp_path / "none")
 
 
-# ------------------------------------------------------------------------------------------------ other programs' tables
+# ------------------------------------------------------------------------------------------- other programs' tables
 
 SYNTHSEG = (
     "subject",

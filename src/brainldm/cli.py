@@ -522,6 +522,31 @@ def _instrument(name: str):  # type: ignore[no-untyped-def]  # an evaluate.measu
 
 
 @app.command
+def validate(
+    people: Path,
+    out: Path,
+    /,
+    *,
+    features: Annotated[
+        list[str] | None,
+        Parameter(help="Spaces of features: random (default), med3d=CHECKPOINT, med3d-signed=..., none."),
+    ] = None,
+    pairs: Annotated[int, Parameter(help="Random pairs for the diversity figures.")] = 200,
+    seed: int = 0,
+    workers: Workers = 1,
+) -> None:
+    """Judges the judge on real people: does it find planted copies, know a person again, call real people real?"""
+    from brainldm.evaluate.validation import validate as run
+
+    with _progress() as progress:
+        found = run(
+            people, out, features=features or ("random",), pairs=pairs, seed=seed, workers=workers, progress=progress
+        )
+    _say(found.as_text())
+    _say(f"All figures are in {out / 'validation.json'} and {out / 'real_against_real'}.")
+
+
+@app.command
 def morphometry(
     synth: Path,
     real: Path,

@@ -51,7 +51,7 @@ def as_text(rows: Sequence[Row], warnings: Sequence[str], failures: Sequence[Fai
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("95 % intervals")
+    table.add_column("95 % intervals", min_width=30)
     for column in ("synthetic", "reference", "difference", "n"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("best")
@@ -66,7 +66,7 @@ def as_text(rows: Sequence[Row], warnings: Sequence[str], failures: Sequence[Fai
                 cells = [shown(e, row.unit) for e in (row.synthetic, row.reference, row.difference)]
                 table.add_row(f"  {_titled(row)}", *cells, _counts(row), row.best)
     sheet = StringIO()
-    width = min(max(shutil.get_terminal_size((120, 24)).columns, 80), 140)
+    width = min(max(shutil.get_terminal_size((140, 24)).columns, 80), 140)
     console = Console(file=sheet, width=width, no_color=True, force_terminal=False, emoji=False, markup=False)
     console.print(table)
     console.print()

@@ -183,11 +183,11 @@ def diversity_rows(synthetic: Mapping[str, Diversity], real: Mapping[str, Divers
 
 def feature_rows(found: SetDistance, space: FeatureSpace) -> list[Row]:
     """Distances between the sets in a space of features, each beside two halves of the real set."""
-    same = "two halves of the real"
+    same = "real halves"
     what = (
         (
             "frechet",
-            "Frechet distance, equal sizes",
+            "Frechet, equal sizes",
             GENERAL,
             same,
             "How far the sets lie apart in mean and covariance of the network's features; synthetic to real, and real "
@@ -197,7 +197,7 @@ def feature_rows(found: SetDistance, space: FeatureSpace) -> list[Row]:
         ),
         (
             "frechet_ratio",
-            "Frechet distance, times the real",
+            "Frechet, times the real",
             PLAIN,
             "1",
             "The row above divided by its reference, which takes network and number of images out of it.",
@@ -206,9 +206,9 @@ def feature_rows(found: SetDistance, space: FeatureSpace) -> list[Row]:
         ),
         (
             "frechet_all",
-            "Frechet distance, all images",
+            "Frechet, all images",
             GENERAL,
-            "compare with equal counts only",
+            "equal counts only",
             "With every image of both sides: the figure that publications give. Fewer images give a larger one.",
             found.all,
             None,
@@ -241,16 +241,16 @@ def feature_rows(found: SetDistance, space: FeatureSpace) -> list[Row]:
 
 def region_rows(found: Morphometry) -> list[Row]:
     """Regional volumes as a whole, and the region that differs most."""
-    same, count, worst = "two halves of the real", len(found.regions), found.regions[0]
+    same, count, worst = "real halves", len(found.regions), found.regions[0]
     return [
         Row(
             "distribution",
             "regions.wasserstein",
-            f"Volumes of {count} regions: Wasserstein distance",
+            f"{count} regions: Wasserstein",
             PLAIN,
             same,
-            "How far people would have to be moved in the space of regional volumes (standard deviations of the real, "
-            "a region) to become the other set; from sets of one size. Every region is in regions.tsv.",
+            "How far people would have to be moved in the space of the volumes of regions (standard deviations of the "
+            "real, a region) to become the other set; from sets of one size. Every region is in regions.tsv.",
             found.matched,
             found.real,
             same,
@@ -258,7 +258,7 @@ def region_rows(found: Morphometry) -> list[Row]:
         Row(
             "distribution",
             "regions.wasserstein_ratio",
-            f"Volumes of {count} regions: distance, times the real",
+            f"{count} regions: times the real",
             PLAIN,
             "1",
             "The row above divided by its reference.",
@@ -267,11 +267,11 @@ def region_rows(found: Morphometry) -> list[Row]:
         Row(
             "distribution",
             "regions.largest_d",
-            f"Region that differs most: {worst.name.replace('_', ' ')}, Cohen's d",
+            f"{worst.name.replace('_', ' ').capitalize()}: Cohen's d",
             PLAIN,
             "0",
-            f"Synthetic less real mean in standard deviations, of the largest difference among {count}: by chance "
-            "alone the largest of so many is not 0.",
+            f"The region that differs most: synthetic less real mean, in standard deviations. By chance alone the "
+            f"largest of {count} is not 0.",
             worst.cohen_d,
         ),
     ]
@@ -379,14 +379,14 @@ def manifold_rows(found: Manifolds, by_chance: Manifolds) -> list[Row]:
 def memorisation_rows(found: Memorisation, space: FeatureSpace | None) -> list[Row]:
     """Whether synthetic images lie nearer to training images than unseen people do: in the voxels of the brain at 4 mm,
     or in a space of features."""
-    before, of = ("", "voxels") if space is None else (f"{space.name}.", space.title)
+    before, of = ("", "") if space is None else (f"{space.name}.", f" ({space.title})")
     unit = INTENSITY if space is None else GENERAL
-    in_what = "grey values (0 to 1), in the brain at 4 mm" if space is None else f"the features of the {of}"
+    in_what = "grey values (0 to 1), in the brain at 4 mm" if space is None else f"features{of}"
     return [
         Row(
             "memorisation",
             f"{before}nearest_training_rmse",
-            f"Distance to nearest training image ({of})",
+            f"Distance to nearest training image{of}",
             unit,
             "not below",
             f"Median of the root-mean-square difference in {in_what}. Much smaller than between people: copies. "
@@ -398,7 +398,7 @@ def memorisation_rows(found: Memorisation, space: FeatureSpace | None) -> list[R
         Row(
             "memorisation",
             f"{before}nearer_than_unseen",
-            f"Nearer to it than any person above ({of})",
+            f"Nearer to it than any person above{of}",
             SHARE,
             "chance",
             "The share of synthetic brains that lie nearer to a training image than every person of the row above; the "
@@ -410,7 +410,7 @@ def memorisation_rows(found: Memorisation, space: FeatureSpace | None) -> list[R
         Row(
             "memorisation",
             f"{before}nearest_is_training",
-            f"Nearest person was in training ({of})",
+            f"Nearest person was in training{of}",
             SHARE,
             "chance",
             "Of all real people, the nearest to a brain should be one that the model has seen only as often as there "
@@ -422,7 +422,7 @@ def memorisation_rows(found: Memorisation, space: FeatureSpace | None) -> list[R
         Row(
             "memorisation",
             f"{before}membership_auc",
-            f"Membership told: area under the curve ({of})",
+            f"Membership: area under the curve{of}",
             PLAIN,
             "chance",
             "How well somebody who holds only the synthetic brains tells who was in the training, by who lies near one "

@@ -136,23 +136,65 @@ def evaluate_dataset(
     drawn at random, are measured and compared as a set; the search for copies looks at every training image. `runs` is
     a training run whose curves go along; `predictors` are folders of trained predictors of age and sex; `features` name
     the spaces in which sets are compared (networks.space_named). `volumes` are tables of SynthSeg or FreeSurfer for the
-    synthetic and the real images, instead of `measure`. Images that
-    cannot be judged are listed in failures.tsv (and in `.failures`) and the rest is judged; BadInput when there is
-    nothing to judge.
+    synthetic and the real images, instead of `measure`. Images that cannot be judged are listed in failures.tsv (and in
+    `.failures`) and the rest is judged; BadInput when there is nothing to judge.
     """
-    synth, real, out = Path(synth), None if real is None else Path(real), Path(out)
-    if pairs < 1 or max_real < 1:
-        raise UsageError("the numbers of pairs and of real images must be at least 1.")
-    _check_output(out, [folder for folder in (synth, real) if folder is not None])
     made = open_images(synth, "synthetic")
     people = None if real is None else open_images(real, "real")
+    return evaluate_folders(
+        made,
+        people,
+        Path(out),
+        measure=measure,
+        pairs=pairs,
+        seed=seed,
+        workers=workers,
+        max_real=max_real,
+        runs=runs,
+        predictors=predictors,
+        features=features,
+        volumes=volumes,
+        show_real=show_real,
+        progress=progress,
+    )
+
+
+def evaluate_folders(
+    made: ImageFolder,
+    people: ImageFolder | None,
+    out: Path,
+    *,
+    measure: Instrument | None = None,
+    pairs: int = 1000,
+    seed: int = 0,
+    workers: int | None = None,
+    max_real: int = 200,
+    runs: str | Path | None = None,
+    predictors: Sequence[str | Path] = (),
+    features: Sequence[str] = ("random",),
+    volumes: tuple[str | Path | None, str | Path | None] | None = None,
+    show_real: bool = True,
+    progress: Progress = Quiet(),  # noqa: B008  # stateless
+) -> Scorecard:
+    """As `evaluate_dataset`, of images that are listed already."""
+    if pairs < 1 or max_real < 1:
+        raise UsageError("the numbers of pairs and of real images must be at least 1.")
+    _check_output(out, [side.folder for side in (made, people) if side is not None])
     curves = None if runs is None else learning_curves(Path(runs))
-    crew = workers or usable_cpus()
-    trained = _read_predictors(predictors)
-    spaces = _feature_spaces(features)
-    tables = _volume_tables(volumes, real)
-    instrument = measure or _default_measure()
-    judge = Judge(made, people, out, instrument, pairs, seed, crew, max_real, progress, trained, spaces, tables)
+    judge = Judge(
+        made,
+        people,
+        out,
+        measure or _default_measure(),
+        pairs,
+        seed,
+        workers or usable_cpus(),
+        max_real,
+        progress,
+        _read_predictors(predictors),
+        feature_spaces(features),
+        _volume_tables(volumes, people is not None),
+    )
     with locked_folder(out):
         found = judge.run(show_real=show_real)
         card = _scorecard(judge, found)
@@ -260,11 +302,11 @@ def _read_predictors(folders: Sequence[str | Path]) -> dict[str, Instrument]:
     return {predictor.target: predictor for predictor in map(read_predictor, map(Path, folders))}
 
 
-def _volume_tables(volumes: tuple[str | Path | None, str | Path | None] | None, real: Path | None) -> dict[str, Path]:
+def _volume_tables(volumes: tuple[str | Path | None, str | Path | None] | None, has_real: bool) -> dict[str, Path]:
     if volumes is None:
         return {}
     synthetic, of_real = volumes
-    if synthetic is None or (of_real is None) != (real is None):
+    if synthetic is None or (of_real is None) == has_real:
         raise UsageError(
             "volumes of one side only: the two would be measured by different instruments.",
             remedy="Give --volumes and, where there is a --real, --real-volumes, both by the same program.",
@@ -272,7 +314,8 @@ def _volume_tables(volumes: tuple[str | Path | None, str | Path | None] | None, 
     return {"synthetic": Path(synthetic)} | ({} if of_real is None else {"real": Path(of_real)})
 
 
-def _feature_spaces(names: Sequence[str]) -> list[FeatureSpace]:
+def feature_spaces(names: Sequence[str]) -> list[FeatureSpace]:
+    """The spaces of those names; no space for none or `none`."""
     if not names or tuple(names) == ("none",):
         return []
     from brainldm.evaluate.networks import space_named  # imports torch, which takes a second

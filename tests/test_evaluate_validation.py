@@ -1,0 +1,72 @@
+"""The judge judged: copies planted among people are found, and nobody innocent is accused more often than stated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from brainldm.base.errors import BadInput
+from brainldm.base.nifti import write_nifti
+from brainldm.base.streams import stream
+from brainldm.evaluate.grids import JudgingGrid
+from brainldm.evaluate.validation import ALTERATIONS, _planted, validate
+from judged_folders import TINY, write_cohort
+
+GRID = JudgingGrid.of(TINY.shape_XYZ, TINY.affine)
+
+
+def rows(people: int, features: int = 60) -> dict[str, np.ndarray]:
+    """Features of people and of their copies: each alteration adds a little, and only mirroring exchanges the ways."""
+    drawn = stream(0, "test/planted")
+    original = drawn.normal(size=(people, 2, features))
+    return {
+        kind: original[:, ::-1] if kind == "mirrored" else original + 0.05 * i * drawn.normal(size=original.shape)
+        for i, kind in enumerate(ALTERATIONS)
+    }
+
+
+def test_all_copies_are_found_among_200_and_the_innocent_are_left_alone() -> None:
+    planted = _planted("test", rows(80), 0)
+    assert planted.training == 40 and planted.held_out == 20
+    assert sum(estimate.n for estimate in planted.found.values()) == 200
+    assert all(estimate.value == 1 for estimate in planted.found.values())
+    assert planted.false_positive_rate == pytest.approx(1 / 21)
+    assert planted.accused.low <= planted.false_positive_rate
+
+
+def test_people_who_look_nothing_like_their_copies_are_not_found() -> None:
+    altered = rows(80)
+    altered["warped"] = stream(1, "test/planted").normal(size=altered["warped"].shape)
+    planted = _planted("test", altered, 0)
+    assert planted.found["warped"].value < 0.2 and planted.found["noisy"].value == 1
+
+
+def test_alterations_change_a_little() -> None:
+    ball = np.zeros(TINY.shape_XYZ, dtype=np.float32)
+    middle = tuple(n // 2 for n in TINY.shape_XYZ)
+    ball[tuple(slice(m - 3, m + 4) for m in middle)] = 0.7
+    ball[2, 9, 9] = 1.0
+    for kind, alter in ALTERATIONS.items():
+        changed = alter(ball, GRID, stream(0, "test/alter"))
+        assert changed.shape == ball.shape and changed.min() >= 0 and changed.max() <= 1
+        difference = float(np.abs(changed - ball).mean())
+        assert (difference == 0) if kind == "exact" else (0 < difference < 0.1), kind
+
+
+def test_a_folder_is_validated_and_too_small_a_one_refused(tmp_path: Path) -> None:
+    people = write_cohort(tmp_path / "people", [2e4 + 3e3 * i for i in range(12)])
+    found = validate(people, tmp_path / "out", pairs=10)
+    written = json.loads((tmp_path / "out" / "validation.json").read_text())
+    assert written["people"] == 12 and set(written["nearer"]) == {"voxels at 4 mm", "random"}
+    assert found.nearer["voxels at 4 mm"]["noisy"].n == 12
+    assert (tmp_path / "out" / "real_against_real" / "scorecard.json").exists()
+    assert found.real_against_real.row("mean_image_rmse").synthetic.n == 6
+    assert "12 people" in found.as_text()
+    few = tmp_path / "few"
+    for i in range(3):
+        write_nifti(few / f"sub-{i}_T1w.nii.gz", np.random.default_rng(i).random(TINY.shape_XYZ), TINY.affine)
+    with pytest.raises(BadInput, match="3 people who can be judged; 8 are needed"):
+        validate(few, tmp_path / "none")
