@@ -107,9 +107,9 @@ def test_sets_of_one_population_are_as_far_apart_as_halves_of_the_real() -> None
 
 def test_few_images_and_identical_ones() -> None:
     alone = set_distance(normal(1, 1), normal(9, 2), 0)
-    assert all(e.value is None and "2 images" in e.reason for e in (alone.all, alone.matched, alone.kernel))
-    three = set_distance(normal(3, 1), normal(3, 2), 0)
-    assert three.all.value is not None and "fewer images" in three.all.reason
-    assert three.matched.value is None and "4 real images" in three.matched.reason
+    assert all(e.value is None and "4 images" in e.reason for e in (alone.all, alone.matched, alone.kernel))
+    five = set_distance(normal(5, 1), normal(5, 2), 0)
+    assert five.all.value is not None and "fewer images" in five.all.reason
+    assert five.matched.value is None and "8 real images" in five.matched.reason
     alike = set_distance(normal(9, 1), np.ones((8, 12)), 0)
     assert alike.ratio.value is None and "the same" in alike.ratio.reason

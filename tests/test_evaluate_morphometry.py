@@ -57,8 +57,8 @@ def test_wasserstein_is_the_best_assignment() -> None:
 
 def test_few_people_and_alike_ones_get_a_reason() -> None:
     few = morphometry(people(1, 1), people(3, 2), 0)
-    assert few is not None and few.matched.value is None and "4 real" in few.matched.reason
-    alike = morphometry(people(6, 1), [people(1, 2)[0]] * 6, 0)
+    assert few is not None and few.matched.value is None and "8 real" in few.matched.reason
+    alike = morphometry(people(6, 1), [people(1, 2)[0]] * 9, 0)
     assert alike is not None and alike.ratio.value is None and "the same" in alike.ratio.reason
     assert morphometry([], people(3, 2), 0) is None
     assert morphometry([{"thalamus": 1.0}], people(3, 2), 0) is None

@@ -115,6 +115,8 @@ def mean(values: Sequence[float], *, at_least: float | None = None) -> Estimate:
     centre = float(data.mean())
     if n == 1:
         return Estimate(centre, n=1, reason="an interval needs at least 2 images")
+    if _is_constant(data):
+        return Estimate(centre, n=n, reason="every image has the same value")
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * data.std(ddof=1) / math.sqrt(n))
     low = centre - half if at_least is None else max(at_least, centre - half)
     return Estimate(centre, low, centre + half, n, "t of the mean")
@@ -129,6 +131,8 @@ def standard_deviation(values: Sequence[float]) -> Estimate:
     sd = float(data.std(ddof=1))
     if n < 4:
         return Estimate(sd, n=n, reason="an interval needs at least 4 images")
+    if _is_constant(data):
+        return Estimate(0.0, n=n, reason="every image has the same value")
     tail = (1 - CONFIDENCE) / 2
     low, high = (sd * math.sqrt((n - 1) / float(stats.chi2.ppf(p, n - 1))) for p in (1 - tail, tail))
     return Estimate(sd, low, high, n, "chi-square")

@@ -16,6 +16,7 @@ from brainldm.base.streams import stream
 from brainldm.evaluate.estimate import CONFIDENCE, Estimate, mean_of_draws
 
 DRAWS = 20
+MIN_IMAGES = 4  # of a set: the covariance of fewer is no figure of a population
 MAX_MATCHED = 1000  # images of a set in the distances between sets of one size: what the field uses
 MAX_KERNEL = 2000  # images of a side in the kernel distance, whose work grows with the square
 
@@ -96,9 +97,9 @@ def kernel_distance(first_NF: np.ndarray, second_MF: np.ndarray) -> Estimate:
 def set_distance(synthetic_MF: np.ndarray, real_NF: np.ndarray, seed: int) -> SetDistance:
     """All distances of the synthetic to the real features; nulls with reasons where there are too few."""
     m, n = len(synthetic_MF), len(real_NF)
-    if min(m, n) < 2:
+    if min(m, n) < MIN_IMAGES:
         return SetDistance.none(
-            f"a distance between sets needs at least 2 images on each side, one has {min(m, n)}", min(m, n)
+            f"a distance between sets needs at least {MIN_IMAGES} images on each side, one has {min(m, n)}", min(m, n)
         )
     generator = stream(seed, "evaluate/frechet")
     features = real_NF.shape[1]
@@ -113,8 +114,8 @@ def set_distance(synthetic_MF: np.ndarray, real_NF: np.ndarray, seed: int) -> Se
     kernel = kernel_distance(
         *(side[generator.choice(len(side), k, replace=False)] for side, k in zip((synthetic_MF, real_NF), few))
     )
-    if size < 2:
-        none = Estimate.none("halves of the real set need at least 4 real images", n)
+    if size < MIN_IMAGES:
+        none = Estimate.none(f"halves of the real set need at least {2 * MIN_IMAGES} real images", n)
         return SetDistance(everything, none, none, none, kernel, none)
     matched, real, kernels = np.empty(DRAWS), np.empty(DRAWS), np.empty(DRAWS)
     for draw in range(DRAWS):

@@ -256,7 +256,7 @@ class Judge:
             )
             rows += volume_rows(covariate, own, None if self.people is None else others)
         if self.people is not None:
-            rows += self.regions(measured, measured_real)
+            rows += self.regions((synthetic, measured), (real, measured_real))
             sets = synthetic.sketches, real.sketches
             with self.timed("distribution"):
                 rows += distance_rows(intensity_distance(*sets, self.seed), mean_image_distance(*sets, self.seed))
@@ -265,10 +265,13 @@ class Judge:
                 rows += manifold_rows(*manifolds(voxels[0], voxels[1], self.seed))
         return rows
 
-    def regions(self, measured: Measurements, measured_real: Measurements) -> list[Row]:
-        sides = [[m.regions for m in by.by_sha256.values() if m.regions] for by in (measured, measured_real)]
+    def regions(self, *sides: tuple[Examination, Measurements]) -> list[Row]:
+        volumes = [
+            [by.by_sha256[look.sha256].regions for look in found.images if look.sha256 in by.by_sha256]
+            for found, by in sides
+        ]
         with self.timed("distribution"):
-            found = morphometry(sides[0], sides[1], self.seed)
+            found = morphometry(volumes[0], volumes[1], self.seed)
         if found is None:
             return []
         write_regions(self.out / "regions.tsv", found)

@@ -26,6 +26,7 @@ from brainldm.evaluate.estimate import CONFIDENCE, Estimate, mean_of_draws
 DRAWS = 50
 MAX_MATCHED = 500  # people of a side in one distance, whose work grows with the cube; as WASABI
 MIN_REGIONS = 2
+MIN_PEOPLE = 4  # of a set in one distance
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,9 @@ def cohen_d(made: np.ndarray, people: np.ndarray) -> Estimate:
 def _together(made: np.ndarray, people: np.ndarray, seed: int) -> tuple[Estimate, Estimate, Estimate]:
     m, n = len(made), len(people)
     size = min(m, n // 2, MAX_MATCHED)
-    if size < 2:
-        none = Estimate.none(f"it needs 2 synthetic and 4 real images, there are {m} and {n}", min(m, n))
+    if size < MIN_PEOPLE:
+        needed = f"it needs {MIN_PEOPLE} synthetic and {2 * MIN_PEOPLE} real images"
+        none = Estimate.none(f"{needed}, there are {m} and {n}", min(m, n))
         return none, none, none
     spread = people.std(axis=0, ddof=1)
     varied = spread > 0
