@@ -18,6 +18,7 @@ from brainldm import __version__
 if TYPE_CHECKING:
     from brainldm.base.nifti import Dtype
     from brainldm.generate.plan import Sweep
+    from brainldm.train.run import TrainSummary
 
 app = App(
     name="brainldm",
@@ -147,9 +148,13 @@ def train(
     precision: Precision = "auto",
     dry_run: Annotated[bool, Parameter(help="Print the resolved recipe and stop.", negative="")] = False,
 ) -> None:
-    """A cohort becomes a model. RECIPE is demo, small or paper; age or sex trains the judge's predictor instead."""
+    """A cohort becomes a model. RECIPE is demo, small or paper; lsgan or vaegan trains a baseline, age or sex the
+    judge's predictor."""
     if recipe in ("age", "sex"):
         _train_predictor(recipe, data, out, steps=steps, minutes=minutes, device=device, precision=precision)
+        return
+    if recipe in ("lsgan", "vaegan"):
+        _train_baseline(recipe, data, out, steps=steps, minutes=minutes, device=device, precision=precision)
         return
     from brainldm.recipes import recipe_named
 
@@ -171,11 +176,37 @@ def train(
             precision=precision,
             progress=progress,
         )
+    _say_trained(summary)
+
+
+def _say_trained(summary: TrainSummary) -> None:
     for name, figures in summary.stages.items():
         shown = ", ".join(f"{key} {value:.4g}" for key, value in figures["last"].items())
         _say(f"{name}: {figures['steps']} of {figures['planned_steps']} steps in {figures['seconds']:.0f} s; {shown}")
     if summary.model:
-        _say(f"The model is in {summary.model}. Next: brainldm generate {out} OUT --n 16")
+        _say(f"The model is in {summary.model}. Next: brainldm generate {summary.folder} OUT --n 16")
+
+
+def _train_baseline(
+    kind: str,
+    data: Path,
+    out: Path,
+    *,
+    steps: int | None,
+    minutes: float | None,
+    device: str,
+    precision: str,
+) -> None:
+    from brainldm.cohort.dataset import PreparedCohort
+    from brainldm.recipes.gan import baseline
+    from brainldm.train.gan_run import train_gan
+
+    config = baseline(kind, PreparedCohort.open(data).grid.shape_XYZ)
+    with _progress() as progress:
+        summary = train_gan(
+            config, data, out, steps=steps, minutes=minutes, device=device, precision=precision, progress=progress
+        )
+    _say_trained(summary)
 
 
 def _train_predictor(

@@ -62,11 +62,7 @@ def _cohort(path: Path) -> dict[str, Any]:
 
 def _run(path: Path) -> dict[str, Any]:
     content = read_json(path / "run.json")
-    stages = {
-        stage: read_json(path / stage / "summary.json")
-        for stage in ("autoencoder", "diffusion")
-        if (path / stage / "summary.json").is_file()
-    }
+    stages = {summary.parent.name: read_json(summary) for summary in sorted(path.glob("*/summary.json"))}
     return {"kind": "training run", "has_model": (path / "model" / "model.json").is_file(), "stages": stages} | content
 
 

@@ -34,14 +34,16 @@ _PARTICIPANTS = {
     },
     "extrapolated": {"Description": "Covariates that lie outside the range the model was trained on"},
     "seed": {"Description": "Root seed; this row's noise is the stream (seed, purpose, index)"},
-    "model_id": {"Description": "First 12 hexadecimal digits of the SHA-256 of the U-Net's weights"},
+    "model_id": {"Description": "First 12 hexadecimal digits of the SHA-256 of the weights that generate"},
 }
+
+MAKERS = {"latent_diffusion": "a latent diffusion model", "lsgan": "an LSGAN", "vaegan": "a VAE-GAN"}  # by model kind
 
 _README = """\
 # {name}
 
-{n} synthetic T1-weighted brain images. They belong to nobody: a latent diffusion model made each from noise and the
-covariates in `participants.tsv`.
+{n} synthetic T1-weighted brain images. They belong to nobody: {maker} made each from noise and
+the covariates in `participants.tsv`.
 
 Not for clinical use. The covariates are what the model was asked for, not what an image shows; `brainldm evaluate`
 measures that. Rows marked in the column `extrapolated` were asked for outside the model's training range.
@@ -104,17 +106,17 @@ def write_image(out: Path, row: PlanRow, image_XYZ: np.ndarray, grid: Grid, dtyp
 def write_description(out: Path, facts: dict[str, Any], rows: list[PlanRow]) -> None:
     """Everything but the images: what the dataset is, who is in it, how it came about."""
     model = facts["model"]
-    name = f"Synthetic brains of {model['name']}"
+    name, maker = f"Synthetic brains of {model['name']}", MAKERS[model["kind"]]
     write_json(
         out / "dataset_description.json",
         dataset_description(
             name,
-            "Synthetic images from a latent diffusion model",
+            f"Synthetic images from {maker}",
             licence=model["licence"],
             sources=[],
         ),
     )
-    write_text(out / "README.md", _README.format(name=name, n=len(rows)))
+    write_text(out / "README.md", _README.format(name=name, n=len(rows), maker=maker))
     write_text(out / ".bidsignore", "plan.tsv\ngeneration.json\nmanifest.jsonl\nfailures.tsv\nindex.html\nfigure.png\n")
     write_json(
         out / f"space-{SPACE}_desc-synth_T1w.json",

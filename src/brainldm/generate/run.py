@@ -26,8 +26,8 @@ from brainldm.cohort.quality import Population, figures_of
 from brainldm.diffusion.solvers import DEFAULT_SAMPLER, SAMPLERS, sampler_named
 from brainldm.generate.dataset import as_bundle, bundle_grid, image_name, write_description, write_image
 from brainldm.generate.plan import PlanRow, read_plan, write_plan
-from brainldm.model.description import LatentDiffusionDescription
-from brainldm.model.folder import UNET_NAME
+from brainldm.model.description import GanDescription, LatentDiffusionDescription
+from brainldm.model.gan import GanModel
 from brainldm.model.latent_diffusion import LatentDiffusion, RowNoise
 
 ATTEMPTS = 3
@@ -57,7 +57,7 @@ class GenerateSummary:
 
 
 def generate(
-    model: LatentDiffusion,
+    model: LatentDiffusion | GanModel,
     out: Path,
     rows: list[PlanRow],
     settings: GenerateSettings,
@@ -80,7 +80,7 @@ def generate(
         proven = manifest.proven(out)
         missing = [row for row in rows if row.index not in proven]
         batches = _batches_with_missing(rows, missing, settings.batch)
-        each = len(SAMPLERS[settings.sampler].timesteps(model.description.schedule.build(), _steps(settings)))
+        each = _passes(model.description, settings)
         progress.start("generating brains (sampling steps)", sum(each + len(batch) for batch in batches))
         redrawn, failed, grid = 0, dict[int, str](), _written_grid(model.grid, settings)
         for batch in batches:
@@ -108,21 +108,35 @@ def generate(
     return GenerateSummary(out, len(missing) - len(failed), len(proven), redrawn)
 
 
-def check_settings(description: LatentDiffusionDescription, settings: GenerateSettings) -> None:
+def check_settings(description: LatentDiffusionDescription | GanDescription, settings: GenerateSettings) -> None:
     """UsageError for a sampler, a number of steps, a batch or a form that cannot be, before anything is written."""
     sampler = sampler_named(settings.sampler)
     if settings.batch < 1:
         raise UsageError(f"a batch of {settings.batch} was asked for.", remedy="Ask for at least 1.")
-    try:
-        sampler.timesteps(description.schedule.build(), _steps(settings))
-    except ValueError as error:
-        raise UsageError(f"{error}.", remedy="Leave --steps out for the sampler's own number.") from error
+    if isinstance(description, GanDescription):
+        if settings.sampler != DEFAULT_SAMPLER or settings.steps is not None:
+            raise UsageError(
+                f"a model of kind {description.kind} makes an image in one pass: it has no sampler and no steps.",
+                remedy="Leave --sampler and --steps out.",
+            )
+    else:
+        try:
+            sampler.timesteps(description.schedule.build(), _steps(settings))
+        except ValueError as error:
+            raise UsageError(f"{error}.", remedy="Leave --steps out for the sampler's own number.") from error
     _written_grid(description.grid.build(), settings)
     if settings.gate:
         _population(description)
 
 
-def _population(description: LatentDiffusionDescription) -> Population:
+def _passes(description: LatentDiffusionDescription | GanDescription, settings: GenerateSettings) -> int:
+    """How many sampling steps a batch takes before its images are decoded."""
+    if isinstance(description, GanDescription):
+        return 0
+    return len(SAMPLERS[settings.sampler].timesteps(description.schedule.build(), _steps(settings)))
+
+
+def _population(description: LatentDiffusionDescription | GanDescription) -> Population:
     if description.quality is None:
         raise UsageError(
             "this model does not say what its training images look like, so --gate has nothing to compare with.",
@@ -139,13 +153,15 @@ def _steps(settings: GenerateSettings) -> int:
     return SAMPLERS[settings.sampler].default_steps if settings.steps is None else settings.steps
 
 
-def _facts(model: LatentDiffusion, settings: GenerateSettings, n: int) -> dict[str, Any]:
+def _facts(model: LatentDiffusion | GanModel, settings: GenerateSettings, n: int) -> dict[str, Any]:
     description = model.description
+    one_pass = isinstance(model, GanModel)
     return {
         "software": {"brainldm": brainldm.__version__, "torch": torch.__version__},
         "model": {
             "name": description.name,
-            "id": description.weights[UNET_NAME].sha256[:12],
+            "kind": description.kind,
+            "id": description.identity,
             "weights_sha256": {name: weights.sha256 for name, weights in sorted(description.weights.items())},
             "licence": description.licence,
             "skull_stripped": description.preprocessing.get("skull_stripped", True),
@@ -156,8 +172,8 @@ def _facts(model: LatentDiffusion, settings: GenerateSettings, n: int) -> dict[s
         "grid": _written_grid(model.grid, settings).to_json(),
         "n": n,
         "seed": settings.seed,
-        "sampler": settings.sampler,
-        "steps": _steps(settings),
+        "sampler": "none" if one_pass else settings.sampler,
+        "steps": 1 if one_pass else _steps(settings),
         "batch": settings.batch,
         "precision": model.precision,
         "device": model.device.type,
@@ -206,7 +222,7 @@ def _batches_with_missing(rows: list[PlanRow], missing: list[PlanRow], size: int
 
 
 def _sample_until_sound(
-    model: LatentDiffusion,
+    model: LatentDiffusion | GanModel,
     batch: list[PlanRow],
     settings: GenerateSettings,
     population: Population | None,

@@ -24,7 +24,7 @@ from brainldm.diffusion.solvers import SAMPLERS
 from brainldm.generate.plan import make_plan
 from brainldm.generate.run import row_noise
 from brainldm.model.cost import network_calls
-from brainldm.model.folder import load_model
+from brainldm.model.folder import load_latent_diffusion
 from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.model.precision import choose_device, choose_precision
 
@@ -92,7 +92,7 @@ def compare_samplers(
     if n < 2:
         raise UsageError(f"{n} brains give no interval.", remedy="Ask for --n 2 or more.")
     where = choose_device(device)
-    model = load_model(model_folder, where, precision=choose_precision(precision, where))
+    model = load_latent_diffusion(model_folder, where, precision=choose_precision(precision, where))
     rows = make_plan(_open_covariates(model), n=n, seed=seed, ranges=model.ranges, joint=model.joint)
     people = [row.covariates for row in rows]
     noise = [row_noise(seed, row.index) for row in rows]

@@ -14,7 +14,9 @@ from brainldm.diffusion.solvers import SAMPLERS
 from brainldm.generate.plan import PlanRow
 from brainldm.generate.run import GenerateSettings, check_settings
 from brainldm.model.cost import estimate_seconds
+from brainldm.model.description import GanDescription
 from brainldm.model.folder import load_model, read_description
+from brainldm.model.gan import GanModel
 from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.model.memory import MemoryPlan, gigabytes, plan_memory
 from brainldm.model.precision import choose_device, choose_precision, told_precision
@@ -22,7 +24,7 @@ from brainldm.model.precision import choose_device, choose_precision, told_preci
 
 @dataclass(frozen=True)
 class Ready:
-    """All that is decided before a model is loaded to sample."""
+    """All that is decided before a model is loaded to sample. `seconds` is 0 where a pass is all it takes."""
 
     model: Path
     settings: GenerateSettings
@@ -32,9 +34,11 @@ class Ready:
     seconds: float
     compiles: bool = False
 
-    def load(self) -> LatentDiffusion:
+    def load(self) -> LatentDiffusion | GanModel:
         model = load_model(self.model, self.device, precision=self.precision, memory=self.memory)
-        return replace(model, unet=torch.compile(model.unet)) if self.compiles else model  # type: ignore[arg-type]
+        if self.compiles and isinstance(model, LatentDiffusion):
+            return replace(model, unet=torch.compile(model.unet))  # type: ignore[arg-type]
+        return model
 
 
 def start(
@@ -62,6 +66,10 @@ def start(
     chosen = choose_precision(precision, where)
     if compiles and where.type != "cuda":
         raise UsageError("--compile is for CUDA; on a CPU weights are packed instead.", remedy="Leave --compile out.")
+    brains = "1 brain" if len(rows) == 1 else f"{len(rows)} brains"
+    if isinstance(description, GanDescription):
+        say(f"{brains}, one pass each, on {told_precision(where, chosen)}.")
+        return Ready(model, settings, where, chosen, MemoryPlan(), 0.0)
     limit = None if max_memory is None else parse_memory(max_memory)
     batches = [settings.batch]
     while may_shrink_batch and batches[-1] > 1:
@@ -78,7 +86,6 @@ def start(
     seconds = estimate_seconds(
         description, images=len(rows), sampler=settings.sampler, steps=steps, device=where, precision=chosen
     )
-    brains = "1 brain" if len(rows) == 1 else f"{len(rows)} brains"
     together = f", {batch} at a time" if len(rows) > 1 else ""
     say(
         f"{brains}{together}, {steps} {settings.sampler} steps each, on {told_precision(where, chosen)}: "

@@ -34,7 +34,7 @@ from brainldm.model.description import (
     ScheduleDescription,
     UNetDescription,
 )
-from brainldm.model.folder import DESCRIPTION_NAME, load_model, save_model
+from brainldm.model.folder import DESCRIPTION_NAME, load_latent_diffusion, save_model
 from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.model.tensors import misfits, shortened
 from brainldm.nets.autoencoder import Autoencoder, AutoencoderConfig
@@ -122,7 +122,7 @@ def export_monai(model: Path, out: Path, layout: Layout = "old") -> list[Path]:
     Every value goes out as it came in. UsageError for a model that would be another one when read from the two files,
     and where one of them is there already.
     """
-    loaded = load_model(model)
+    loaded = load_latent_diffusion(model)
     untold = _untold(loaded)
     if untold:
         raise UsageError(

@@ -13,9 +13,13 @@ from brainldm.base.covariates import COVARIATES, UNITS, CovariateModel, Covariat
 from brainldm.base.volume import Grid
 from brainldm.diffusion.schedule import Schedule, scaled_linear
 from brainldm.nets.autoencoder import AutoencoderConfig
+from brainldm.nets.gan import GanConfig
 from brainldm.nets.unet import UNetConfig
 
 FORMAT_VERSION: Literal[1] = 1
+AUTOENCODER_NAME = "autoencoder.safetensors"
+UNET_NAME = "unet.safetensors"
+GENERATOR_NAME = "generator.safetensors"
 
 
 class Strict(BaseModel):
@@ -134,17 +138,12 @@ class WeightsFile(Strict):
     sha256: str
 
 
-class LatentDiffusionDescription(Strict):
-    """model.json of a latent diffusion model."""
+class ModelDescription(Strict):
+    """What model.json says of a model of any kind."""
 
     format_version: Literal[1] = FORMAT_VERSION
-    kind: Literal["latent_diffusion"] = "latent_diffusion"
+    kind: str
     name: str
-    autoencoder: AutoencoderDescription
-    unet: UNetDescription
-    schedule: ScheduleDescription = ScheduleDescription()
-    target: Literal["eps", "v"] = "eps"
-    latent: LatentDescription
     covariates: CovariatesDescription
     grid: GridDescription
     preprocessing: dict
@@ -152,6 +151,26 @@ class LatentDiffusionDescription(Strict):
     quality: dict | None = None  # what training images look like in a few figures (cohort/quality.py), for --gate
     licence: str
     weights: dict[str, WeightsFile]
+
+    @property
+    def identity(self) -> str:
+        """The first digits of the hash of what generates."""
+        raise NotImplementedError
+
+
+class LatentDiffusionDescription(ModelDescription):
+    """model.json of a latent diffusion model."""
+
+    kind: Literal["latent_diffusion"] = "latent_diffusion"
+    autoencoder: AutoencoderDescription
+    unet: UNetDescription
+    schedule: ScheduleDescription = ScheduleDescription()
+    target: Literal["eps", "v"] = "eps"
+    latent: LatentDescription
+
+    @property
+    def identity(self) -> str:
+        return self.weights[UNET_NAME].sha256[:12]
 
     @model_validator(mode="after")
     def _parts_fit(self) -> LatentDiffusionDescription:
@@ -162,4 +181,32 @@ class LatentDiffusionDescription(Strict):
             raise ValueError(f"latent shape {self.latent.shape_CXYZ} does not fit grid and autoencoder: {expected}")
         if self.unet.in_channels != channels + len(self.covariates.names) or self.unet.out_channels != channels:
             raise ValueError("the U-Net's channels do not fit the latent channels plus the covariates")
+        return self
+
+
+class GanNetDescription(Strict):
+    channels: tuple[int, ...]
+    noise_features: int
+    covariates: int
+    norm_groups: int
+
+
+class GanDescription(ModelDescription):
+    """model.json of a GAN baseline: only the generator is kept."""
+
+    kind: Literal["lsgan", "vaegan"]
+    generator: GanNetDescription
+
+    @property
+    def identity(self) -> str:
+        return self.weights[GENERATOR_NAME].sha256[:12]
+
+    def build(self) -> GanConfig:
+        return GanConfig(shape_XYZ=self.grid.shape_XYZ, **self.generator.model_dump())
+
+    @model_validator(mode="after")
+    def _net_fits(self) -> GanDescription:
+        self.build()
+        if self.generator.covariates not in (0, len(self.covariates.names)):
+            raise ValueError(f"a generator of {self.generator.covariates} covariates: it must be 0 or all of them")
         return self

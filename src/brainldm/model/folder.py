@@ -2,7 +2,7 @@
 
     MODEL/model.json                 what the weights are and how to use them (description.py)
     MODEL/autoencoder.safetensors
-    MODEL/unet.safetensors
+    MODEL/unet.safetensors           (a GAN: generator.safetensors alone)
 
 Loading refuses a folder in which anything is missing, changed, of a newer format or of another shape than described.
 """
@@ -18,27 +18,36 @@ from safetensors import SafetensorError, safe_open
 
 from brainldm.base.errors import BadInput
 from brainldm.base.files import read_json, sha256_of, write_json
-from brainldm.model.description import FORMAT_VERSION, LatentDiffusionDescription, WeightsFile
+from brainldm.model.description import (
+    AUTOENCODER_NAME,
+    FORMAT_VERSION,
+    GENERATOR_NAME,
+    UNET_NAME,
+    GanDescription,
+    LatentDiffusionDescription,
+    WeightsFile,
+)
+from brainldm.model.gan import GanModel
 from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.model.memory import MemoryPlan
 from brainldm.model.tensors import misfits, shortened, write_tensors
 from brainldm.nets.autoencoder import Autoencoder
 from brainldm.nets.blocks import pack_for_sampling
+from brainldm.nets.gan import GanGenerator
 from brainldm.nets.packed import packing_works
 from brainldm.nets.unet import DiffusionUNet
 
 DESCRIPTION_NAME = "model.json"
-AUTOENCODER_NAME = "autoencoder.safetensors"
-UNET_NAME = "unet.safetensors"
 _REMEDY = "Copy the model folder again, whole."
 
 
-def save_model(folder: Path, model: LatentDiffusion) -> LatentDiffusionDescription:
+def save_model(folder: Path, model: LatentDiffusion | GanModel) -> LatentDiffusionDescription | GanDescription:
     """Writes the model folder; model.json last, so that a folder with a model.json is whole."""
-    weights = {
-        AUTOENCODER_NAME: _save_weights(folder / AUTOENCODER_NAME, model.autoencoder),
-        UNET_NAME: _save_weights(folder / UNET_NAME, model.unet),
-    }
+    if isinstance(model, GanModel):
+        parts: dict[str, torch.nn.Module] = {GENERATOR_NAME: model.generator}
+    else:
+        parts = {AUTOENCODER_NAME: model.autoencoder, UNET_NAME: model.unet}
+    weights = {name: _save_weights(folder / name, module) for name, module in parts.items()}
     description = model.description.model_copy(update={"weights": weights})
     write_json(folder / DESCRIPTION_NAME, description.model_dump(mode="json"))
     return description
@@ -66,7 +75,14 @@ def find_model(path: Path) -> Path:
     raise BadInput(told, remedy=fix, path=path, reason="not_a_model")
 
 
-def read_description(folder: Path) -> LatentDiffusionDescription:
+_KINDS: dict[str, type[LatentDiffusionDescription] | type[GanDescription]] = {
+    "latent_diffusion": LatentDiffusionDescription,
+    "lsgan": GanDescription,
+    "vaegan": GanDescription,
+}
+
+
+def read_description(folder: Path) -> LatentDiffusionDescription | GanDescription:
     """model.json, checked; BadInput naming the field that is missing, unknown or wrong."""
     path = find_model(folder) / DESCRIPTION_NAME
     content = read_json(path)
@@ -78,8 +94,16 @@ def read_description(folder: Path) -> LatentDiffusionDescription:
             path=path,
             reason="format_version",
         )
+    kind = content.get("kind")
+    if kind not in _KINDS:
+        raise BadInput(
+            f"describes a model of kind {kind!r}; this brainldm knows {', '.join(_KINDS)}.",
+            remedy=_REMEDY,
+            path=path,
+            reason="bad_description",
+        )
     try:
-        return LatentDiffusionDescription.model_validate(content)
+        return _KINDS[kind].model_validate(content)
     except (ValidationError, ValueError) as error:
         raise BadInput(_field_faults(error), remedy=_REMEDY, path=path, reason="bad_description") from error
 
@@ -97,14 +121,44 @@ def load_model(
     *,
     precision: str = "fp32",
     memory: MemoryPlan = MemoryPlan(),  # noqa: B008  # frozen
-) -> LatentDiffusion:
+) -> LatentDiffusion | GanModel:
     """The model in a folder, its weights proven by size and SHA-256, in evaluation mode on `device`.
 
-    With precision bf16 on a CPU the weights are held in bfloat16 and packed for its convolutions, so such a model can
-    sample but not train. `memory` says how it bounds what it takes.
+    With precision bf16 on a CPU the weights of a latent diffusion model are held in bfloat16 and packed for its
+    convolutions, so such a model can sample but not train. `memory` says how it bounds what it takes.
     """
     folder, device = find_model(folder), torch.device(device)
     description = read_description(folder)
+    if isinstance(description, LatentDiffusionDescription):
+        return _load_latent_diffusion(folder, description, device, precision, memory)
+    with torch.device("meta"):
+        generator = GanGenerator(description.build())
+    _prove(folder / GENERATOR_NAME, description.weights.get(GENERATOR_NAME))
+    _fill(folder / GENERATOR_NAME, generator.eval(), device)
+    return GanModel(description, generator, precision)
+
+
+def load_latent_diffusion(
+    folder: Path,
+    device: str | torch.device = "cpu",
+    *,
+    precision: str = "fp32",
+    memory: MemoryPlan = MemoryPlan(),  # noqa: B008  # frozen
+) -> LatentDiffusion:
+    """As `load_model`, for what only latent diffusion can do; BadInput for a model of another kind."""
+    model = load_model(folder, device, precision=precision, memory=memory)
+    if not isinstance(model, LatentDiffusion):
+        raise BadInput(
+            f"is a model of kind {model.description.kind!r}; latent diffusion is needed here.",
+            path=folder,
+            reason="kind",
+        )
+    return model
+
+
+def _load_latent_diffusion(
+    folder: Path, description: LatentDiffusionDescription, device: torch.device, precision: str, memory: MemoryPlan
+) -> LatentDiffusion:
     try:
         with torch.device("meta"):
             autoencoder = Autoencoder(description.autoencoder.build())

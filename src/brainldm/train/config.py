@@ -56,6 +56,25 @@ class DiffusionStageConfig:
 
 
 @dataclass(frozen=True)
+class GanStageConfig:
+    """A GAN baseline. Rates and momentum are those that LSGAN's authors use; `reconstruction_weight` is Larsen's gamma,
+    on a mean over features where his is on a sum."""
+
+    kind: Literal["lsgan", "vaegan"]
+    channels: tuple[int, ...]  # finest first
+    steps: int
+    batch: int = 2
+    noise_features: int = 128
+    conditioned: bool = True
+    norm_groups: int = 8
+    learning_rate: float = 2e-4
+    discriminator_learning_rate: float = 2e-4
+    reconstruction_weight: float = 10.0
+    kl_weight: float = 1e-3
+    gradient_clip: float = 10.0
+
+
+@dataclass(frozen=True)
 class PredictorConfig:
     """A predictor of age or sex: stochastic gradient descent with momentum, as Cole et al. 2017."""
 

@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 
 import brainldm
 from brainldm.base.errors import UsageError
-from brainldm.base.files import locked_folder, read_json, write_json
+from brainldm.base.files import locked_folder
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import stream
 from brainldm.cohort.dataset import PreparedCohort, VolumeDataset, check_trainable
@@ -26,6 +26,7 @@ from brainldm.model.precision import choose_device, choose_precision
 from brainldm.train.config import PredictorConfig
 from brainldm.train.loop import run_stage
 from brainldm.train.predictor_stage import PredictorStage
+from brainldm.train.record import record_run
 
 TARGETS: dict[str, Target] = {"age": "age_years", "sex": "sex"}
 _RESAMPLINGS = 2000
@@ -55,7 +56,7 @@ def train_predictor(
     _check_varied(people, target)
     where = choose_device(device)
     with locked_folder(out):
-        _record(out, {"predictor": what, "config": asdict(config), "seed": seed, "cohort": cohort.digest})
+        record_run(out, {"predictor": what, "config": asdict(config), "seed": seed, "cohort": cohort.digest})
         stage = PredictorStage(
             target,
             config,
@@ -94,20 +95,6 @@ def _check_varied(people: VolumeDataset, target: Target) -> None:
             remedy="Prepare people who differ in it.",
             path=people.cohort.folder,
         )
-
-
-def _record(out: Path, wanted: dict[str, Any]) -> None:
-    path = out / "run.json"
-    if path.is_file():
-        there = read_json(path)
-        if {**there, "config": {**there.get("config", {}), "steps": 0}} != {
-            **wanted,
-            "config": {**wanted["config"], "steps": 0},
-        }:
-            raise UsageError("this folder holds another run.", remedy="Choose another --out.", path=out)
-    elif out.is_dir() and any(out.glob("[!.]*")):
-        raise UsageError("the folder is not empty and is no training run.", remedy="Choose another --out.", path=out)
-    write_json(path, wanted)
 
 
 def held_out_figures(stage: PredictorStage, cohort: PreparedCohort, seed: int) -> dict[str, Any]:

@@ -9,7 +9,6 @@ RUN/model/                        what `brainldm generate` takes
 from __future__ import annotations
 
 import hashlib
-import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ from brainldm.train.config import STAGES, Recipe
 from brainldm.train.diffusion_stage import DiffusionStage, unet_config
 from brainldm.train.latents import Latents, encode_cohort
 from brainldm.train.loop import run_stage
+from brainldm.train.record import record_run
 
 QUALITY_IMAGES = 300
 
@@ -143,21 +143,7 @@ class _Run:
             "precision": self.precision,
             "device": self.device.type,
         }
-        path = self.out / "run.json"
-        if path.is_file():
-            different = _differences(read_json(path), description)
-            if different:
-                raise UsageError(
-                    f"this folder holds another run; it differs in {'; '.join(different[:4])}.",
-                    remedy="Use the same recipe and data to go on with it, or another --out.",
-                    path=self.out,
-                )
-        elif any(self.out.glob("[!.]*")):
-            raise UsageError(
-                "the folder is not empty and is no training run.", remedy="Choose another --out.", path=self.out
-            )
-        versions = {"brainldm": brainldm.__version__, "torch": torch.__version__, "python": platform.python_version()}
-        write_json(path, description | {"versions": versions})
+        record_run(self.out, description)
 
     # ---- stage 1 ------------------------------------------------------------------------------------------------
 
@@ -245,13 +231,6 @@ class _Run:
         save_model(self.out / "model", model)
         return summary
 
-    def _quality(self) -> dict[str, Any] | None:
-        """What training images look like in a few figures, from at most QUALITY_IMAGES of them."""
-        chosen = _some(len(self.train), QUALITY_IMAGES)
-        found = [figures_of(self.train.image_XYZ(index), self.cohort.grid.voxel_mm) for index in chosen]
-        population = Population.fitted(figures for figures in found if figures is not None)
-        return None if population is None else population.to_json()
-
     def _description(self, latents: Latents, scale: float, training: dict[str, Any]) -> LatentDiffusionDescription:
         diffusion = self.recipe.diffusion
         net = unet_config(diffusion, latents.mean_NCXYZ.shape[1])
@@ -277,10 +256,19 @@ class _Run:
             grid=GridDescription.of(self.cohort.grid),
             preprocessing=dict(self.cohort.preprocessing),
             training=training,
-            quality=self._quality() if training else None,
+            quality=quality_of(self.train) if training else None,
             licence=self.cohort.licence,
             weights={},
         )
+
+
+def quality_of(people: VolumeDataset) -> dict[str, Any] | None:
+    """What training images look like in a few figures, from at most QUALITY_IMAGES of them; None where they are too
+    few."""
+    voxel_mm = people.cohort.grid.voxel_mm
+    found = [figures_of(people.image_XYZ(index), voxel_mm) for index in _some(len(people), QUALITY_IMAGES)]
+    population = Population.fitted(figures for figures in found if figures is not None)
+    return None if population is None else population.to_json()
 
 
 def _some(count: int, most: int) -> list[int]:
@@ -298,16 +286,3 @@ def _latents_key(autoencoder: Autoencoder, cohort: PreparedCohort) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _differences(recorded: Any, wanted: Any, where: str = "") -> list[str]:
-    """Which fields of two run descriptions differ, with both values. The number of steps may grow, so it is left out;
-    JSON knows no tuples, so lists and tuples are one."""
-    if isinstance(wanted, dict) and isinstance(recorded, dict):
-        keys = [key for key in wanted if key != "steps"]
-        return [
-            text for key in keys for text in _differences(recorded.get(key), wanted[key], f"{where}.{key}".lstrip("."))
-        ]
-    if isinstance(wanted, tuple | list) and isinstance(recorded, list):
-        wanted = list(wanted)
-    return [] if recorded == wanted else [f"{where}: {recorded!r} there, {wanted!r} now"]

@@ -1,0 +1,44 @@
+"""Which run a folder holds: written before the first step, compared by every later one."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import brainldm
+from brainldm.base.errors import UsageError
+from brainldm.base.files import read_json, write_json
+
+
+def record_run(out: Path, wanted: dict[str, Any]) -> None:
+    """Writes run.json: `wanted` and the versions; UsageError where `out` holds another run, or things that are none.
+    The number of steps may grow."""
+    path = out / "run.json"
+    if path.is_file():
+        different = _differences(read_json(path), wanted)
+        if different:
+            raise UsageError(
+                f"this folder holds another run; it differs in {'; '.join(different[:4])}.",
+                remedy="Use the same recipe and data to go on with it, or another --out.",
+                path=out,
+            )
+    elif out.is_dir() and any(out.glob("[!.]*")):
+        raise UsageError("the folder is not empty and is no training run.", remedy="Choose another --out.", path=out)
+    versions = {"brainldm": brainldm.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    write_json(path, wanted | {"versions": versions})
+
+
+def _differences(recorded: Any, wanted: Any, where: str = "") -> list[str]:
+    """Which fields of two run descriptions differ, with both values. The number of steps may grow, so it is left out;
+    JSON knows no tuples, so lists and tuples are one."""
+    if isinstance(wanted, dict) and isinstance(recorded, dict):
+        keys = [key for key in wanted if key != "steps"]
+        return [
+            text for key in keys for text in _differences(recorded.get(key), wanted[key], f"{where}.{key}".lstrip("."))
+        ]
+    if isinstance(wanted, tuple | list) and isinstance(recorded, list):
+        wanted = list(wanted)
+    return [] if recorded == wanted else [f"{where}: {recorded!r} there, {wanted!r} now"]
