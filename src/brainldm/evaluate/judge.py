@@ -77,6 +77,7 @@ class Judge:
     predictors: Mapping[str, Instrument] = field(default_factory=dict)  # by covariate: age_years, sex
     spaces: Sequence[FeatureSpace] = ()
     tables: Mapping[str, Path] = field(default_factory=dict)  # volumes found elsewhere, by side
+    cache: Path | None = None  # where results of single images are kept, if not in `out`
     failures: list[Failure] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -179,7 +180,7 @@ class Judge:
                 images,
                 side,
                 instrument,
-                Manifest(self.out / "measured.jsonl"),
+                Manifest((self.cache or self.out) / "measured.jsonl"),
                 workers=self.workers,
                 progress=self.progress,
             )
@@ -291,7 +292,7 @@ class Judge:
     def features(
         self, looks: Sequence[Examined], side: str, space: FeatureSpace, grid: JudgingGrid, *, mirrored: bool = False
     ) -> np.ndarray:
-        store = FeatureStore(self.out / "features", space, grid)
+        store = FeatureStore((self.cache or self.out) / "features", space, grid)
         with self.timed("features"):
             return extract(looks, side, store, mirrored=mirrored, workers=self.workers, progress=self.progress)
 

@@ -128,6 +128,7 @@ def evaluate_dataset(
     features: Sequence[str] = ("random",),
     volumes: tuple[str | Path | None, str | Path | None] | None = None,
     show_real: bool = True,
+    cache: Path | None = None,
     progress: Progress = Quiet(),  # noqa: B008  # stateless
 ) -> Scorecard:
     """Judges the images in `synth` against those in `real`, writes everything below `out` and returns the scorecard.
@@ -136,8 +137,11 @@ def evaluate_dataset(
     drawn at random, are measured and compared as a set; the search for copies looks at every training image. `runs` is
     a training run whose curves go along; `predictors` are folders of trained predictors of age and sex; `features` name
     the spaces in which sets are compared (networks.space_named). `volumes` are tables of SynthSeg or FreeSurfer for the
-    synthetic and the real images, instead of `measure`. Images that cannot be judged are listed in failures.tsv (and in
-    `.failures`) and the rest is judged; BadInput when there is nothing to judge.
+    synthetic and the real images, instead of `measure`. What is found in single images is kept in `cache` (default:
+    `out`), which several evaluations may share, one after the other.
+
+    Images that cannot be judged are listed in failures.tsv (and in `.failures`) and the rest is judged; BadInput when
+    there is nothing to judge.
     """
     made = open_images(synth, "synthetic")
     people = None if real is None else open_images(real, "real")
@@ -155,6 +159,7 @@ def evaluate_dataset(
         features=features,
         volumes=volumes,
         show_real=show_real,
+        cache=cache,
         progress=progress,
     )
 
@@ -174,6 +179,7 @@ def evaluate_folders(
     features: Sequence[str] = ("random",),
     volumes: tuple[str | Path | None, str | Path | None] | None = None,
     show_real: bool = True,
+    cache: Path | None = None,
     progress: Progress = Quiet(),  # noqa: B008  # stateless
 ) -> Scorecard:
     """As `evaluate_dataset`, of images that are listed already."""
@@ -194,6 +200,7 @@ def evaluate_folders(
         _read_predictors(predictors),
         feature_spaces(features),
         _volume_tables(volumes, people is not None),
+        cache,
     )
     with locked_folder(out):
         found = judge.run(show_real=show_real)

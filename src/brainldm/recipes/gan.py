@@ -13,19 +13,19 @@ def baseline(kind: str, shape_XYZ: tuple[int, int, int]) -> GanStageConfig:
 
         brainldm train lsgan --data PREPARED --out RUN
 
-    At the paper's 160 x 224 x 160 voxels, 16 to 256 channels; a step of batch 1 runs on a CPU in a few gigabytes. On
-    coarser grids the first levels are left out and the rest is the same.
+    At the paper's 160 x 224 x 160 voxels, 16 to 256 channels: a step of batch 1 runs on a CPU in a few gigabytes. Images
+    of fewer than 64 voxels along a side begin with 32 channels.
     """
     if kind not in KINDS:
         raise UsageError(f"there is no baseline {kind!r}.", remedy=f"Choose one of: {', '.join(KINDS)}.")
-    widths = (16, 32, 64, 128, 256)
+    first = 16 if min(shape_XYZ) >= 64 else 32
     levels = 1
-    while levels < len(widths) and all(n % 2 ** (levels + 1) == 0 for n in shape_XYZ):
+    while levels < 5 and all(n % 2 ** (levels + 1) == 0 for n in shape_XYZ):
         levels += 1
     fine = min(shape_XYZ) >= 128
     return GanStageConfig(
         kind="lsgan" if kind == "lsgan" else "vaegan",
-        channels=widths[len(widths) - levels :],
+        channels=tuple(first * 2**level for level in range(levels)),
         steps=200_000 if fine else 20_000,
         batch=1 if fine else 4,
     )

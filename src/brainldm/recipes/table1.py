@@ -1,0 +1,363 @@
+"""Table 1 and Figures 1 to 4 of Pinaya et al. 2022, in kind: four ways to make brains, one cohort, one judge.
+
+OUT/models/      what had to be trained: ldm, lsgan, vaegan, age, sex
+OUT/brains/      a dataset a way, all asked for the same people
+OUT/judged/      a scorecard a way; cache/ holds what was found in each image, by its hash
+OUT/figures/     figure 1 to 4
+OUT/table1.json  table1.md
+
+Everything is gone on with when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import brainldm
+from brainldm.base.errors import UsageError
+from brainldm.base.files import atomic_path, make_folder, read_json, write_json, write_text
+from brainldm.base.nifti import read_nifti
+from brainldm.base.progress import Progress, Quiet
+from brainldm.base.slices import VIEWS, middle_slice
+from brainldm.base.tables import read_table
+
+if TYPE_CHECKING:
+    from brainldm.evaluate.measuring import Instrument
+
+REAL = "Real images"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to make brains: a model, and how it is sampled (None: the model's only way)."""
+
+    name: str
+    title: str
+    model: str  # a key of the models: ldm, lsgan, vaegan
+    sampler: str | None = None
+    steps: int | None = None
+
+
+WAYS = (
+    Way("lsgan", "LSGAN", "lsgan"),
+    Way("vaegan", "VAE-GAN", "vaegan"),
+    Way("ldm_ddpm", "LDM, DDPM 1000", "ldm", "ddpm", 1000),
+    Way("ldm_ddim", "LDM, DDIM 50", "ldm", "ddim", 50),
+    Way("ldm_fast", "LDM, UniPC 12", "ldm", "unipc", 12),
+)
+
+# What the table shows: key of a scorecard's row, heading, decimals.
+_COLUMNS: tuple[tuple[str, str, int], ...] = (
+    ("{space}.frechet", "Fréchet", 3),
+    ("{space}.frechet_ratio", "times the real", 2),
+    ("ms_ssim", "MS-SSIM", 3),
+    ("4_g_r_ssim", "4-G-R-SSIM", 3),
+    ("regions.wasserstein", "regional volumes", 2),
+    ("ventricles_mm3.pearson_r", "ventricles r", 3),
+    ("brain_mm3.pearson_r", "brain r", 3),
+    ("age_years.pearson_r", "age r", 3),
+    ("sex.auc", "sex AUC", 3),
+    ("nearer_than_unseen", "copies", 3),
+)
+
+
+def make_table1(
+    cohort: Path,
+    out: Path,
+    *,
+    models: Mapping[str, Path | None] | None = None,
+    recipe: str = "demo",
+    minutes: float = 10.0,
+    n: int = 64,
+    pairs: int = 1000,
+    seed: int = 0,
+    feature_space: str = "random",
+    ways: Sequence[Way] = WAYS,
+    measure: Instrument | None = None,
+    workers: int = 1,
+    progress: Progress = Quiet(),  # noqa: B008  # stateless
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Trains what `models` (ldm, lsgan, vaegan, age, sex: a run each) does not name, each for `minutes` (the predictors
+    a quarter of it), makes `n` brains in each way, judges them and writes table and figures; returns table1.json.
+    `measure` finds volumes in images, by default the one without trained weights.
+
+    UsageError where a model's grid is not the cohort's.
+    """
+    from brainldm.evaluate.scorecard import evaluate_dataset
+
+    make_folder(out)
+    given = {name: path for name, path in (models or {}).items() if path is not None}
+    trained = {
+        name: given[name]
+        if name in given
+        else _train(name, cohort, out / "models" / name, recipe, minutes, seed, progress, say)
+        for name in ("ldm", "lsgan", "vaegan", "age", "sex")
+    }
+    _check_grids({name: trained[name] for name in ("ldm", "lsgan", "vaegan")}, cohort)
+    seconds, cards = {}, {}
+    for way in ways:
+        say(f"{way.title}: {n} brains")
+        seconds[way.name] = _generate(way, trained, out / "brains" / way.name, n, seed, progress, say)
+        cards[way.name] = evaluate_dataset(
+            out / "brains" / way.name,
+            cohort,
+            out / "judged" / way.name,
+            measure=measure,
+            pairs=pairs,
+            seed=seed,
+            workers=workers,
+            predictors=[trained["age"], trained["sex"]],
+            features=(feature_space,),
+            cache=out / "judged" / "cache",
+            progress=progress,
+        ).to_json()
+    table = _table(ways, cards, seconds, n, pairs, seed, minutes, trained, given)
+    write_json(out / "table1.json", table)
+    write_text(out / "table1.md", as_markdown(table))
+    say("figures 1 to 4")
+    _figures(ways, cohort, out, trained["ldm"], seed, progress)
+    return table
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+def _train(
+    name: str,
+    cohort: Path,
+    out: Path,
+    recipe: str,
+    minutes: float,
+    seed: int,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> Path:
+    """Trains one of the models where `out` does not hold it whole."""
+    if (out / "model" / "model.json").is_file() or (out / "predictor" / "predictor.json").is_file():
+        return out
+    say(f"training {name}, at most {minutes / 4 if name in ('age', 'sex') else minutes:g} minutes")
+    if name == "ldm":
+        from brainldm.recipes import recipe_named
+        from brainldm.train.run import train
+
+        train(recipe_named(recipe), cohort, out, minutes=minutes, progress=progress)
+    elif name in ("age", "sex"):
+        from brainldm.train.predictor_run import train_predictor
+
+        train_predictor(name, cohort, out, minutes=minutes / 4, seed=seed, progress=progress)
+    else:
+        from brainldm.cohort.dataset import PreparedCohort
+        from brainldm.recipes.gan import baseline
+        from brainldm.train.gan_run import train_gan
+
+        config = baseline(name, PreparedCohort.open(cohort).grid.shape_XYZ)
+        train_gan(config, cohort, out, minutes=minutes, seed=seed, progress=progress)
+    return out
+
+
+def _check_grids(models: Mapping[str, Path], cohort: Path) -> None:
+    from brainldm.cohort.dataset import PreparedCohort
+    from brainldm.model.folder import read_description
+
+    wanted = PreparedCohort.open(cohort).grid.shape_XYZ
+    for name, path in models.items():
+        shape = read_description(path).grid.shape_XYZ
+        if tuple(shape) != tuple(wanted):
+            raise UsageError(
+                f"the {name} model makes images of {shape} voxels, the cohort's are of {wanted}.",
+                remedy="Give models that were trained on this grid.",
+                path=path,
+            )
+
+
+def _generate(
+    way: Way,
+    trained: Mapping[str, Path],
+    out: Path,
+    n: int,
+    seed: int,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> float:
+    """Makes the way's brains and returns the seconds that one took, on average (as first made)."""
+    from brainldm.generate.plan import make_plan
+    from brainldm.generate.run import GenerateSettings, generate
+    from brainldm.generate.start import start
+    from brainldm.model.folder import read_description
+
+    # Everybody is asked for the same people: those of the latent diffusion model's cohort.
+    covariates = read_description(trained["ldm"]).covariates
+    rows = make_plan({}, n=n, seed=seed, ranges=covariates.fitted_ranges(), joint=covariates.joint_model())
+    settings = GenerateSettings(seed=seed)
+    if way.sampler is not None:
+        settings = GenerateSettings(seed=seed, sampler=way.sampler, steps=way.steps)
+    ready = start(trained[way.model], rows, settings, may_shrink_batch=True, say=say)
+    begun = time.monotonic()
+    made = generate(ready.load(), out, rows, ready.settings, progress=progress).made
+    timing = out.parent / f"{way.name}.json"
+    if made == n or not timing.is_file():
+        spent = time.monotonic() - begun
+        write_json(timing, {"seconds_an_image": spent / made if made else None, "images": made})
+    return float(read_json(timing)["seconds_an_image"] or float("nan"))
+
+
+# -------------------------------------------------------------------------------------------------------------- table
+
+
+def _table(
+    ways: Sequence[Way],
+    cards: Mapping[str, Mapping[str, Any]],
+    seconds: Mapping[str, float],
+    n: int,
+    pairs: int,
+    seed: int,
+    minutes: float,
+    trained: Mapping[str, Path],
+    given: Mapping[str, Path],
+) -> dict[str, Any]:
+    first = next(iter(cards.values()))
+    space = first["settings"]["features"][0]
+
+    def found(card: Mapping[str, Any], side: str) -> dict[str, Any]:
+        rows = {row["key"]: row for row in card["rows"] if row["group"] == "all"}
+        return {
+            heading: rows[key][side] for pattern, heading, _ in _COLUMNS if (key := pattern.format(space=space)) in rows
+        }
+
+    lines: list[dict[str, Any]] = [
+        {
+            "way": way.name,
+            "title": way.title,
+            "seconds_an_image": seconds[way.name],
+            "figures": found(cards[way.name], "synthetic"),
+        }
+        for way in ways
+    ]
+    lines.append({"way": "real", "title": REAL, "seconds_an_image": None, "figures": found(first, "reference")})
+    return {
+        "software": {"brainldm": brainldm.__version__},
+        "n": n,
+        "pairs": pairs,
+        "seed": seed,
+        "features": space,
+        "minutes_of_training": {name: None if name in given else minutes for name in ("ldm", "lsgan", "vaegan")},
+        "training_images": json.loads((_model_folder(trained["ldm"]) / "model.json").read_text())["training"].get(
+            "training_images"
+        ),
+        "real": first["real"]["from_here"],
+        "columns": [heading for _, heading, _ in _COLUMNS],
+        "lines": lines,
+    }
+
+
+def _model_folder(run: Path) -> Path:
+    from brainldm.model.folder import find_model
+
+    return find_model(run)
+
+
+def as_markdown(table: Mapping[str, Any]) -> str:
+    """The table, a line a way, values with their 95 % intervals."""
+    headings = ["", *table["columns"], "s / image"]
+    lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
+    decimals = {heading: places for _, heading, places in _COLUMNS}
+    for line in table["lines"]:
+        cells = [line["title"]]
+        for heading in table["columns"]:
+            estimate = line["figures"].get(heading)
+            cells.append(_cell(estimate, decimals[heading]))
+        cells.append("" if line["seconds_an_image"] is None else f"{line['seconds_an_image']:.3g}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(estimate: Mapping[str, Any] | None, places: int) -> str:
+    if estimate is None or estimate.get("value") is None:
+        return "-"
+    text = f"{estimate['value']:.{places}f}"
+    if estimate.get("low") is not None:
+        text += f" ({estimate['low']:.{places}f}..{estimate['high']:.{places}f})"
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+def _figures(ways: Sequence[Way], cohort: Path, out: Path, ldm: Path, seed: int, progress: Progress) -> None:
+    from brainldm.recipes.figures import make_figure
+
+    _figure_1(ways, cohort, out)
+    for number in (2, 4):
+        make_figure(number, ldm, out / "figures" / f"figure{number}", seed=seed, progress=progress)
+    _figure_3(out)
+
+
+def _figure_1(ways: Sequence[Way], cohort: Path, out: Path, people: int = 3) -> None:
+    """Figure 1: real people, and what each way made, in three views."""
+    from matplotlib.figure import Figure
+
+    from brainldm.base.manifest import Manifest
+
+    folders = [(REAL, cohort)] + [(way.title, out / "brains" / way.name) for way in ways]
+    figure = Figure(figsize=(1.5 * people * len(VIEWS), 1.7 * len(folders)), facecolor="black", layout="constrained")
+    axes = figure.subplots(len(folders), people * len(VIEWS), squeeze=False)
+    for line, (title, folder) in enumerate(folders):
+        files = [record["file"] for record in Manifest(folder / "manifest.jsonl").records() if "file" in record][
+            :people
+        ]
+        for column, file in enumerate(files):
+            image_XYZ = read_nifti(folder / file).data_XYZ
+            white = float(np.percentile(image_XYZ, 99.8))
+            for number, view in enumerate(VIEWS):
+                ax = axes[line, column * len(VIEWS) + number]
+                ax.imshow(middle_slice(image_XYZ, view), cmap="gray", vmin=0, vmax=max(white, 0.1))
+        axes[line, 0].set_title(title, color="white", fontsize=9, loc="left")
+    for ax in axes.flat:
+        ax.set_axis_off()
+    _save(figure, out / "figures" / "figure1.png")
+
+
+def _figure_3(out: Path) -> None:
+    """Figure 3: asked against measured ventricles, and asked age against predicted, of LDM with DDIM."""
+    from matplotlib.figure import Figure
+
+    from brainldm.base.manifest import Manifest
+
+    people = read_table(out / "judged" / "ldm_ddim" / "measured.tsv")
+    predicted = {
+        record["sha256"]: record["values"]["age_years"]
+        for record in Manifest(out / "judged" / "cache" / "measured.jsonl").records()
+        if "age_years" in record.get("values", {})
+    }
+    asked_age = [people.number(row, "age_years_asked") for row in range(len(people))]
+    found_age = [predicted.get(cells["sha256"]) for cells in people.rows]
+    millilitres = [
+        [(people.number(row, f"ventricles_mm3_{kind}") or np.nan) / 1000 for row in range(len(people))]
+        for kind in ("asked", "measured")
+    ]
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for ax, (x, y, label) in zip(
+        axes, ((*millilitres, "ventricular volume, mL"), (asked_age, found_age, "age, years"))
+    ):
+        pairs = np.array([(a, b) for a, b in zip(x, y) if a is not None and b is not None], dtype=float)
+        if len(pairs):
+            ax.plot(pairs[:, 0], pairs[:, 1], "o", ms=4, alpha=0.7)
+            low, high = np.nanmin(pairs), np.nanmax(pairs)
+            ax.plot([low, high], [low, high], color="grey", lw=1)
+        ax.set(xlabel=f"asked: {label}", ylabel="found in the image")
+    _save(figure, out / "figures" / "figure3.png")
+
+
+def _save(figure: Any, path: Path) -> None:
+    make_folder(path.parent)
+    with atomic_path(path) as part:
+        figure.savefig(part, dpi=110, format="png")

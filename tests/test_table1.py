@@ -1,0 +1,74 @@
+"""Table 1 and its figures, small: every way makes brains, is judged, and stands in the table beside the real."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from brainldm.base.errors import UsageError
+from brainldm.base.volume import Volume
+from brainldm.cohort.measure import Measured
+from brainldm.recipes.table1 import REAL, WAYS, as_markdown, make_table1
+
+SHORT = tuple(replace(way, sampler="ddim", steps=4) if way.sampler else way for way in WAYS)
+
+
+@dataclass(frozen=True)
+class Darkness:
+    """A stand-in for the measure of brains, which ellipsoids are not."""
+
+    name: str = "darkness"
+
+    def __call__(self, image: Volume) -> Measured:
+        dark = float((image.data_XYZ < 0.3).sum())
+        return Measured(dark, 2 * dark + float(image.data_XYZ.sum()), 1.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def made(tiny_cohort: Path, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("table1") / "out"
+    make_table1(tiny_cohort, out, models={"ldm": tiny_run}, minutes=0.02, n=5, pairs=6, ways=SHORT, measure=Darkness())
+    return out
+
+
+def test_every_way_stands_in_the_table_beside_the_real(made: Path) -> None:
+    table = json.loads((made / "table1.json").read_text())
+    assert [line["title"] for line in table["lines"]] == [*(way.title for way in WAYS), REAL]
+    assert table["n"] == 5 and table["minutes_of_training"] == {"ldm": None, "lsgan": 0.02, "vaegan": 0.02}
+    for line in table["lines"]:
+        assert line["figures"]["MS-SSIM"]["value"] is not None, line["title"]
+    for line in table["lines"][:-1]:
+        assert line["seconds_an_image"] > 0
+        card = json.loads((made / "judged" / line["way"] / "scorecard.json").read_text())
+        assert line["figures"]["MS-SSIM"] == next(r for r in card["rows"] if r["key"] == "ms_ssim")["synthetic"]
+    text = (made / "table1.md").read_text()
+    assert text == as_markdown(table) and text.count("\n") == len(WAYS) + 3
+
+
+def test_the_four_figures_are_drawn(made: Path) -> None:
+    figures = [made / "figures" / name for name in ("figure1.png", "figure3.png")]
+    figures += [made / "figures" / f"figure{number}" / "figure.png" for number in (2, 4)]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in figures)
+
+
+def test_the_same_command_again_makes_nothing_anew(made: Path, tiny_cohort: Path, tiny_run: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in made.rglob("*.nii.gz")}
+    models = {path: path.stat().st_mtime_ns for path in (made / "models").rglob("*.safetensors")}
+    make_table1(tiny_cohort, made, models={"ldm": tiny_run}, minutes=0.02, n=5, pairs=6, ways=SHORT, measure=Darkness())
+    assert before == {path: path.stat().st_mtime_ns for path in made.rglob("*.nii.gz")}
+    assert models == {path: path.stat().st_mtime_ns for path in (made / "models").rglob("*.safetensors")}
+
+
+def test_a_model_of_another_grid_is_refused(tiny_cohort: Path, tiny_run: Path, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run / "model", tmp_path / "model")
+    content = json.loads((tmp_path / "model" / "model.json").read_text())
+    content["grid"]["shape_XYZ"] = [2 * n for n in content["grid"]["shape_XYZ"]]
+    content["latent"]["shape_CXYZ"][1:] = [2 * n for n in content["latent"]["shape_CXYZ"][1:]]
+    (tmp_path / "model" / "model.json").write_text(json.dumps(content))
+    models = {"ldm": tmp_path / "model"} | {name: made / "models" / name for name in ("lsgan", "vaegan", "age", "sex")}
+    with pytest.raises(UsageError, match="the ldm model makes images of"):
+        make_table1(tiny_cohort, tmp_path / "out", models=models)
