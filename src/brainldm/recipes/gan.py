@@ -13,7 +13,7 @@ def baseline(kind: str, shape_XYZ: tuple[int, int, int]) -> GanStageConfig:
 
         brainldm train lsgan --data PREPARED --out RUN
 
-    At the paper's 160 x 224 x 160 voxels, 16 to 256 channels: a step of batch 1 runs on a CPU in a few gigabytes. Images
+    At the paper's 160 x 224 x 160 voxels, 16 to 256 channels: a step of one image runs on a CPU in 5 GB. Images
     of fewer than 64 voxels along a side begin with 32 channels.
     """
     if kind not in KINDS:
