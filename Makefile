@@ -1,11 +1,11 @@
-# make demo, make test, make check, make bench, make wheel. Everything lands in .venv, which is made on the first call.
+# make demo, make test, make check, make bench, make bench-judge, make wheel. Everything lands in .venv, which is made on the first call.
 # brainldm itself is the command; make is only the doorman.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check bench wheel clean
+.PHONY: setup demo test check bench bench-judge wheel clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench-judge: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/judge_cost.py
 
 bench: $(STAMP)
 	$(BIN)/python bench/bench.py

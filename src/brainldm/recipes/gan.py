@@ -13,19 +13,18 @@ def baseline(kind: str, shape_XYZ: tuple[int, int, int]) -> GanStageConfig:
 
         brainldm train lsgan --data PREPARED --out RUN
 
-    At the paper's 160 x 224 x 160 voxels, 16 to 256 channels: a step of one image runs on a CPU in 5 GB. Images
-    of fewer than 64 voxels along a side begin with 32 channels.
+    Channels double from 16 with each level, to 256 at the paper's 160 x 224 x 160 voxels, where a step of one image
+    runs on a CPU in 5 GB.
     """
     if kind not in KINDS:
         raise UsageError(f"there is no baseline {kind!r}.", remedy=f"Choose one of: {', '.join(KINDS)}.")
-    first = 16 if min(shape_XYZ) >= 64 else 32
     levels = 1
     while levels < 5 and all(n % 2 ** (levels + 1) == 0 for n in shape_XYZ):
         levels += 1
     fine = min(shape_XYZ) >= 128
     return GanStageConfig(
         kind="lsgan" if kind == "lsgan" else "vaegan",
-        channels=tuple(first * 2**level for level in range(levels)),
+        channels=tuple(16 * 2**level for level in range(levels)),
         steps=200_000 if fine else 20_000,
         batch=1 if fine else 4,
     )
