@@ -17,7 +17,7 @@ from brainldm.evaluate.features import FeatureStore, extract
 from brainldm.evaluate.grids import JudgingGrid
 from brainldm.evaluate.images import open_images
 from brainldm.evaluate.networks import MedicalNetSpace, RandomSpace, space_named
-from brainldm.nets.medicalnet import MedicalNet, MedicalNetConfig
+from brainldm.nets.medicalnet import MED3D_NAME, MED3D_SHA256, MedicalNet, MedicalNetConfig
 from judged_folders import TINY, blob, write_synthetic
 
 SPACE = RandomSpace(channels=(4, 8, 8), boxes_XYZ=(2, 2, 2))
@@ -114,6 +114,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_checkpoint_of_the_published_layout_gives_2048_features(checkpoint: Path) -> None:
     space = space_named(f"med3d={checkpoint}")
     assert isinstance(space, MedicalNetSpace) and space.sha256[:12] in space.name
+    assert space.name.startswith("unknown-") and "unknown" in space.title  # only the published file is Med3D
+    assert MedicalNetSpace(checkpoint, MED3D_SHA256[MED3D_NAME]).title == "Med3D"
     image = blob(4e4, 0)
     features = space(image)
     assert features.shape == (2048,) and np.isfinite(features).all()

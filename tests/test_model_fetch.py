@@ -13,11 +13,13 @@ import pytest
 
 from brainldm.base.errors import BadInput, EnvironmentProblem, UsageError
 from brainldm.model import fetch
-from brainldm.model.fetch import REPOSITORY, fetch_published
+from brainldm.model.fetch import MED3D_REPOSITORY, REPOSITORY, fetch_med3d, fetch_published
+from brainldm.nets.medicalnet import MED3D_NAME
 
 BLOCK = 1000
 CONTENT = {"autoencoder.pt": bytes(range(256)) * 20, "model.pt": bytes(reversed(range(256))) * 50}
 FOLDER_URL = f"/{REPOSITORY}/resolve/main/models"
+MED3D_URL = f"/{MED3D_REPOSITORY}/resolve/main"
 
 
 @dataclass
@@ -39,7 +41,7 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
             folder, _, name = self.path.rpartition("/")
             wanted = self.headers["Range"]
             hub.asked.append((name, wanted))
-            if hub.status != 200 or folder != FOLDER_URL:
+            if hub.status != 200 or folder not in (FOLDER_URL, MED3D_URL):
                 self.send_error(hub.status if hub.status != 200 else 404)
                 return
             whole = hub.content[name]
@@ -242,3 +244,13 @@ def test_only_one_call_writes_to_a_folder(hub: Hub, tmp_path: Path) -> None:
     with fetch.locked_folder(tmp_path), pytest.raises(UsageError, match="another run"):
         fetch_published(tmp_path, endpoint=hub.endpoint)
     assert hub.asked == []
+
+
+def test_med3d_is_fetched_and_proven_by_sha256(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.content[MED3D_NAME] = b"weights" * 500
+    monkeypatch.setitem(fetch.MED3D_SHA256, MED3D_NAME, hashlib.sha256(hub.content[MED3D_NAME]).hexdigest())
+    path = fetch_med3d(tmp_path / "med3d", endpoint=hub.endpoint)
+    assert path.read_bytes() == hub.content[MED3D_NAME]
+    monkeypatch.setitem(fetch.MED3D_SHA256, MED3D_NAME, "0" * 64)
+    with pytest.raises(BadInput, match="sha256 differs"):
+        fetch_med3d(tmp_path / "med3d", endpoint=hub.endpoint)

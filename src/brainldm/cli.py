@@ -501,6 +501,16 @@ def fetch_ukb(out: Path = Path("ukb"), /) -> None:
     _say(f"Next: brainldm generate {out / 'model'} BRAINS --n 4 --age 63 --sex F --ventricles 40ml --brain 1450ml")
 
 
+@fetch_app.command(name="med3d")
+def fetch_med3d(out: Path = Path("med3d"), /) -> None:
+    """MedicalNet's ResNet-50 (Med3D, 185 MB), the network of the published Frechet distances: proven by SHA-256."""
+    from brainldm.model.fetch import fetch_med3d as run
+
+    with _progress() as progress:
+        checkpoint = run(out, progress=progress)
+    _say(f"Next: brainldm evaluate BRAINS --real COHORT --out RESULTS --features med3d={checkpoint}")
+
+
 @app.command
 def evaluate(
     synth: Path,

@@ -17,6 +17,7 @@ from brainldm.base.files import sha256_of
 from brainldm.base.nifti import read_nifti
 from brainldm.base.progress import Progress
 from brainldm.base.volume import Volume
+from brainldm.cohort.quality import figures_of
 from brainldm.evaluate.grids import JudgingGrid, on_grid
 from brainldm.evaluate.images import Failure, JudgedImage
 from brainldm.evaluate.pool import each
@@ -45,7 +46,8 @@ class Examined:
     """What one look at an image gave.
 
     `scaled`: its intensities were not 0..1 and were min-max scaled. `resampled`: it lay on another grid than the
-    judging grid. `sketch` is None where it was not asked for.
+    judging grid. `sketch` is None where it was not asked for. `figures` are those of cohort/quality.py, None where it
+    shows no head.
     """
 
     image: JudgedImage
@@ -54,6 +56,7 @@ class Examined:
     resampled: bool
     notes: tuple[str, ...]
     sketch: Sketch | None
+    figures: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,8 @@ def examine_one(request: tuple[JudgedImage, bool], grid: JudgingGrid) -> Examine
     placed_XYZ = on_grid(Volume(data_XYZ, volume.affine), grid)
     resampled = JudgingGrid.of(volume.shape_XYZ, volume.affine) != grid
     sketch = sketch_of(placed_XYZ, grid) if wants_sketch else None
-    return Examined(image, sha256, scaled, resampled, volume.notes, sketch)
+    figures = figures_of(placed_XYZ, float(grid.voxel_mm.mean()))
+    return Examined(image, sha256, scaled, resampled, volume.notes, sketch, figures)
 
 
 def sketch_of(image_XYZ: np.ndarray, grid: JudgingGrid) -> Sketch:

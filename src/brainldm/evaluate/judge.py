@@ -21,6 +21,7 @@ from brainldm.evaluate.diversity import Diversity, diversity
 from brainldm.evaluate.examine import Examination, Examined, examine
 from brainldm.evaluate.features import FeatureSpace, FeatureStore, extract
 from brainldm.evaluate.frechet import set_distance
+from brainldm.evaluate.gate import gate, write_gate
 from brainldm.evaluate.grids import JudgingGrid, judging_grid
 from brainldm.evaluate.images import Failure, ImageFolder, JudgedImage
 from brainldm.evaluate.measuring import Instrument, Measurements, measure, measured_in_table, write_measured
@@ -33,6 +34,7 @@ from brainldm.evaluate.rows import (
     distance_rows,
     diversity_rows,
     feature_rows,
+    gate_rows,
     manifold_rows,
     memorisation_rows,
     region_rows,
@@ -257,6 +259,10 @@ class Judge:
             )
             rows += volume_rows(covariate, own, None if self.people is None else others)
         if self.people is not None:
+            kept = gate(synthetic.images, real.images)
+            rows += gate_rows(kept)
+            if kept.objections:
+                write_gate(self.out / "gate.tsv", synthetic.images, kept)
             rows += self.regions((synthetic, measured), (real, measured_real))
             sets = synthetic.sketches, real.sketches
             with self.timed("distribution"):

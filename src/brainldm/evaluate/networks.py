@@ -20,7 +20,7 @@ from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.files import sha256_of
 from brainldm.base.streams import stream
 from brainldm.evaluate.features import FeatureSpace
-from brainldm.nets.medicalnet import MedicalNet
+from brainldm.nets.medicalnet import MED3D_NAME, MED3D_SHA256, MedicalNet
 from brainldm.nets.random_network import RandomNetwork
 
 _GAIN = 16.0
@@ -62,7 +62,7 @@ def _random_network(space: RandomSpace) -> RandomNetwork:
 
 @dataclass(frozen=True)
 class MedicalNetSpace:
-    """MedicalNet ResNet-50, mean over space: 2048 features.
+    """MedicalNet ResNet-50, mean over space: 2048 features. Only with a published checkpoint is it called Med3D.
 
     `scaling` is what the network sees: `zscore`, each image to mean 0 and deviation 1 (as the authors' later FID code),
     or `signed`, 0..1 to -1..1 (as HA-GAN's, which the paper cites). paper.md 3.3.
@@ -74,11 +74,15 @@ class MedicalNetSpace:
 
     @property
     def name(self) -> str:
-        return f"med3d-resnet50-{self.sha256[:12]}-{self.scaling}"
+        return f"{'med3d' if self.is_published else 'unknown'}-resnet50-{self.sha256[:12]}-{self.scaling}"
 
     @property
     def title(self) -> str:
-        return "Med3D"
+        return "Med3D" if self.is_published else "ResNet-50 of unknown weights"
+
+    @property
+    def is_published(self) -> bool:
+        return self.sha256 in MED3D_SHA256.values()
 
     @torch.no_grad()
     def __call__(self, image_XYZ: np.ndarray) -> np.ndarray:
@@ -107,7 +111,7 @@ def space_named(text: str) -> FeatureSpace:
     if not checkpoint.is_file():
         raise BadInput(
             "there is no such checkpoint.",
-            remedy="Download resnet_50_23dataset.pth from MedicalNet's pages (github.com/Tencent/MedicalNet).",
+            remedy=f"Get {MED3D_NAME}: brainldm fetch med3d, or from MedicalNet's pages.",
             path=checkpoint,
             reason="missing",
         )
@@ -140,7 +144,7 @@ def _medicalnet(checkpoint: Path, sha256: str) -> MedicalNet:
         raise BadInput(
             f"is no MedicalNet ResNet-50: {len(wrong)} of its {len(wanted)} tensors are missing or of another shape, "
             f"the first is {wrong[0]}.",
-            remedy="Take resnet_50_23dataset.pth (depth 50, shortcut B).",
+            remedy=f"Take {MED3D_NAME} (depth 50, shortcut B).",
             path=checkpoint,
             reason="architecture",
         )

@@ -15,6 +15,7 @@ from brainldm.evaluate.diversity import FOUR_G_R_SSIM, FOUR_G_SSIM, MS_SSIM, Div
 from brainldm.evaluate.estimate import Estimate, difference, difference_of_means, mean, standard_deviation
 from brainldm.evaluate.features import FeatureSpace
 from brainldm.evaluate.frechet import SetDistance
+from brainldm.evaluate.gate import Gate
 from brainldm.evaluate.memorisation import Memorisation
 from brainldm.evaluate.morphometry import Morphometry
 
@@ -48,6 +49,7 @@ YEARS = Unit("year", "years", 1.0, 1)
 INTENSITY = Unit("intensity range", "", 1.0, 4)
 GENERAL = Unit("", "", 1.0, 4)
 SHARE = Unit("share", "%", 100.0, 0)
+SHARE_OF_FEW = Unit("share", "%", 100.0, 1)
 
 
 def unit_of(covariate: str) -> Unit:
@@ -236,6 +238,24 @@ def feature_rows(found: SetDistance, space: FeatureSpace) -> list[Row]:
             same,
         )
         for name, title, unit, best, meaning, synthetic, reference in what
+    ]
+
+
+def gate_rows(found: Gate) -> list[Row]:
+    """How many images are no plausible brains."""
+    return [
+        Row(
+            "distribution",
+            "gate.rejected",
+            "Rejected by the gate",
+            SHARE_OF_FEW,
+            "the stated rate",
+            "The share of images unlike every real one in head volume, intensities, sharpness, symmetry or tissues; "
+            "which and why is in gate.tsv. The reference is the rate at which the rule rejects a real person.",
+            found.rejected,
+            found.by_design,
+            "stated rate",
+        )
     ]
 
 

@@ -3,6 +3,7 @@
 OUT/scorecard.json              all of it, for machines          OUT/scorecard.tsv, scorecard.md   for people
 OUT/measured.tsv                asked and measured, an image a row
 OUT/measured_reference.tsv      the same of the real people: recorded and measured
+OUT/gate.tsv                    every image: keep or reject, and why
 OUT/regions.tsv                 every region's volumes in both sets, with Cohen's d
 OUT/measured.jsonl              what the instrument found, by image hash: a rerun measures only what is new
 OUT/failures.tsv                images that could not be judged, and why (only where there are any)

@@ -1,7 +1,7 @@
 """Getting the published weights: the only place in the package that opens a network connection, and only when asked.
 
-A download that breaks off is kept as `NAME.part` and taken up where it stopped; a file counts only when its md5 is the
-published one.
+A download that breaks off is kept as `NAME.part` and taken up where it stopped; a file counts only when its checksum is
+the published one.
 """
 
 from __future__ import annotations
@@ -10,16 +10,28 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from brainldm.base.errors import BadInput, EnvironmentProblem
 from brainldm.base.files import locked_folder, writing
 from brainldm.base.progress import Progress, Quiet
-from brainldm.model.bundle import PUBLISHED, PublishedFile
+from brainldm.model.bundle import PUBLISHED
+from brainldm.nets.medicalnet import MED3D_NAME, MED3D_SHA256
 
 REPOSITORY = "MONAI/brain_image_synthesis_latent_diffusion_model"
+MED3D_REPOSITORY = "TencentMedicalNet/MedicalNet-Resnet50"
 _BLOCK = 1 << 20
 _TIMEOUT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A file to be downloaded, and its checksum by `algorithm` (md5 or sha256)."""
+
+    name: str
+    algorithm: str
+    digest: str
 
 
 def fetch_published(
@@ -33,33 +45,51 @@ def fetch_published(
     `endpoint` is the host of the hub; by default the environment's HF_ENDPOINT, as for other Hugging Face tools.
     EnvironmentProblem, with what to do instead, where there is no way to the host; BadInput for a wrong file.
     """
-    host = (endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    where = f"{_host(endpoint)}/{REPOSITORY}/resolve/main/models"
     with locked_folder(folder):
         return {
-            kind: _fetch(f"{host}/{REPOSITORY}/resolve/main/models/{file.name}", folder / file.name, file, progress)
+            kind: _fetch(f"{where}/{file.name}", folder / file.name, Wanted(file.name, "md5", file.md5), progress)
             for kind, file in PUBLISHED.items()
         }
 
 
-def _fetch(url: str, path: Path, expected: PublishedFile, progress: Progress) -> Path:
+def fetch_med3d(
+    folder: Path,
+    *,
+    endpoint: str | None = None,
+    progress: Progress = Quiet(),  # noqa: B008  # stateless
+) -> Path:
+    """MedicalNet's ResNet-50 checkpoint in `folder` (185 MB), proven by SHA-256; errors as `fetch_published`."""
+    wanted = Wanted(MED3D_NAME, "sha256", MED3D_SHA256[MED3D_NAME])
+    with locked_folder(folder):
+        url = f"{_host(endpoint)}/{MED3D_REPOSITORY}/resolve/main/{wanted.name}"
+        return _fetch(url, folder / wanted.name, wanted, progress)
+
+
+def _host(endpoint: str | None) -> str:
+    return (endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def _fetch(url: str, path: Path, expected: Wanted, progress: Progress) -> Path:
     if path.exists():
-        if _md5(path) == expected.md5:
+        if _digest(path, expected.algorithm) == expected.digest:
             return path
         raise BadInput(
-            "is not the published file (its md5 differs).",
+            f"is not the published file (its {expected.algorithm} differs).",
             remedy="Move it away and fetch again.",
             path=path,
             reason="checksum",
         )
     part = path.with_name(path.name + ".part")
     _download(url, part, expected, progress)
-    found = _md5(part)
-    if found != expected.md5:
+    found = _digest(part, expected.algorithm)
+    if found != expected.digest:
         # Kept under another name to be looked at: resuming it could never make it right.
         with writing(part):
             part.replace(path.with_name(path.name + ".wrong"))
         raise BadInput(
-            f"the download has md5 {found}, the published file {expected.md5}; it is kept as {path.name}.wrong.",
+            f"the download has {expected.algorithm} {found}, the published file {expected.digest}; it is kept as "
+            f"{path.name}.wrong.",
             remedy=_by_hand(url, path),
             path=path,
             reason="checksum",
@@ -69,7 +99,7 @@ def _fetch(url: str, path: Path, expected: PublishedFile, progress: Progress) ->
     return path
 
 
-def _download(url: str, part: Path, expected: PublishedFile, progress: Progress) -> None:
+def _download(url: str, part: Path, expected: Wanted, progress: Progress) -> None:
     """Appends to `part` what is missing of it."""
     import requests  # no other verb needs it
 
@@ -78,7 +108,7 @@ def _download(url: str, part: Path, expected: PublishedFile, progress: Progress)
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={there}-"} if there else {})}
     with _network(url, part), requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_SECONDS) as answer:
         if answer.status_code == 416:
-            return  # nothing is missing; the md5 will tell
+            return  # nothing is missing; the checksum will tell
         answer.raise_for_status()
         if answer.headers.get("Content-Type", "").startswith("text/html"):
             raise BadInput(
@@ -116,6 +146,6 @@ def _by_hand(url: str, path: Path) -> str:
     )
 
 
-def _md5(path: Path) -> str:
+def _digest(path: Path, algorithm: str) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
+        return hashlib.file_digest(file, algorithm).hexdigest()

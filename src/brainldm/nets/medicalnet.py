@@ -15,6 +15,13 @@ from torch import nn
 
 _EXPANSION = 4
 
+# The published ResNet-50 checkpoints: trained on 23 datasets (the one that Pinaya's later code takes), and on eight.
+MED3D_NAME = "resnet_50_23dataset.pth"
+MED3D_SHA256 = {
+    MED3D_NAME: "ff48a62219073fb977fd3f4ddfb8dc1367f0ec156c8d6f6c37e205bd683a246e",
+    "resnet_50.pth": "5b6189cafbee2f5604a7279b62bc163365aa6a86a377e1dc260a14275cacbd84",
+}
+
 
 @dataclass(frozen=True)
 class MedicalNetConfig:
