@@ -35,6 +35,12 @@ def caveats(made: ImageFolder, people: ImageFolder | None, found: Findings) -> t
                 "The volumes recorded of the real people were themselves measured, in their scans as they came: the "
                 "figures of the instrument alone show what this grid costs it, not how far it is from the truth."
             )
+        searched = len(found.synthetic.sketches)
+        if searched < len(found.synthetic.images):
+            said.append(
+                f"{searched} of {len(found.synthetic.images)} synthetic images, drawn at random, were searched for "
+                "copies and compared as a set in grey values."
+            )
         if found.sampled < len(people.images):
             said.append(f"{found.sampled} of {len(people.images)} real images, drawn at random, stand for all of them.")
     said += _of_images("synthetic", found.synthetic)
