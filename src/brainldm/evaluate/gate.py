@@ -13,6 +13,7 @@ from brainldm.base.tables import write_table
 from brainldm.cohort.quality import FALSE_POSITIVE_RATE, FEWEST_PEOPLE, FIGURES, Population
 from brainldm.evaluate.estimate import Estimate, share
 from brainldm.evaluate.examine import Examined
+from brainldm.evaluate.measuring import inert
 
 
 @dataclass(frozen=True)
@@ -45,5 +46,6 @@ def write_gate(path: Path, synthetic: Sequence[Examined], found: Gate) -> None:
     for look, objection in zip(synthetic, found.objections):
         figures = {} if look.figures is None else dict(zip(FIGURES, (float(f"{v:.5g}") for v in look.figures)))
         verdict = {"verdict": "reject" if objection else "keep", "objection": objection or None}
-        rows.append({"participant_id": look.image.participant_id, "file": look.image.file} | verdict | figures)
+        names = {"participant_id": inert(look.image.participant_id), "file": inert(look.image.file)}
+        rows.append(names | verdict | figures)
     write_table(path, columns, rows)

@@ -173,8 +173,8 @@ def write_measured(
     for look in images:
         image = look.image
         row: dict[str, object] = {
-            "participant_id": _inert(image.participant_id),
-            "file": _inert(image.file),
+            "participant_id": inert(image.participant_id),
+            "file": inert(image.file),
             "sha256": look.sha256,
             f"sex_{known_as}": image.sex,
             "split": image.split,
@@ -190,6 +190,6 @@ def write_measured(
     write_table(path, columns, rows)
 
 
-def _inert(name: str) -> str:
+def inert(name: str) -> str:
     """A name that a spreadsheet takes as text: one that could be a formula gets an apostrophe before it."""
     return f"'{name}" if name.startswith(("=", "+", "-", "@")) else name

@@ -22,6 +22,7 @@ from brainldm.base.files import locked_folder, write_json
 from brainldm.base.streams import stream
 from brainldm.base.tables import Table, read_table, write_table
 from brainldm.evaluate.estimate import CONFIDENCE, Estimate, mean_of_draws
+from brainldm.evaluate.measuring import inert
 
 DRAWS = 50
 MAX_MATCHED = 500  # people of a side in one distance, whose work grows with the cube; as WASABI
@@ -180,7 +181,7 @@ def write_regions(path: Path, found: Morphometry) -> None:
             zip(
                 columns,
                 (
-                    region.name,
+                    inert(region.name),
                     *(
                         round(v, 1)
                         for v in (region.synthetic_mean, region.synthetic_sd, region.real_mean, region.real_sd)
