@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from brainldm.diffusion.schedule import scaled_linear
+from brainldm.diffusion.schedule import LEAST_SHARE, rectified, scaled_linear
 from brainldm.diffusion.target import (
     TARGETS,
     add_noise,
     eps_from_v,
     eps_from_x0,
+    eps_of,
+    network_input,
     training_pair,
     v_from_eps,
     x0_from_eps,
@@ -38,13 +41,22 @@ def test_noise_is_added_by_each_row_s_timestep() -> None:
 def test_the_answer_leads_back_to_noise_and_image(target: str) -> None:
     x0, eps = draw(0), draw(1)
     x, answer = training_pair(target, x0, eps, TIMES, SCHEDULE)
-    torch.testing.assert_close(x, add_noise(x0, eps, TIMES, SCHEDULE))
-    if target == "eps":
-        torch.testing.assert_close(answer, eps)
-        torch.testing.assert_close(x0_from_eps(answer, x, TIMES, SCHEDULE), x0)
-    else:
-        torch.testing.assert_close(eps_from_v(answer, x, TIMES, SCHEDULE), eps)
-        torch.testing.assert_close(x0_from_v(answer, x, TIMES, SCHEDULE), x0)
+    noisy = add_noise(x0, eps, TIMES, SCHEDULE)
+    torch.testing.assert_close(x, network_input(target, noisy, TIMES, SCHEDULE))
+    found = eps_of(target, answer, noisy, TIMES, SCHEDULE)
+    torch.testing.assert_close(found, eps)
+    torch.testing.assert_close(x0_from_eps(found, noisy, TIMES, SCHEDULE), x0)
+    if target == "v":
+        torch.testing.assert_close(eps_from_v(answer, noisy, TIMES, SCHEDULE), eps)
+        torch.testing.assert_close(x0_from_v(answer, noisy, TIMES, SCHEDULE), x0)
+
+
+def test_a_flow_network_is_shown_the_straight_line_and_asked_for_its_direction() -> None:
+    x0, eps, line = draw(0), draw(1), rectified(1000)
+    shown, answer = training_pair("flow", x0, eps, TIMES, line)
+    for row, t in enumerate(np.linspace(LEAST_SHARE, 1 - LEAST_SHARE, 1000)[TIMES.numpy()]):
+        torch.testing.assert_close(shown[row], (1 - t) * x0[row] + t * eps[row])
+    torch.testing.assert_close(answer, eps - x0)
 
 
 def test_conversions_round_trip() -> None:
@@ -65,5 +77,5 @@ def test_v_is_an_image_where_all_is_noise_and_noise_where_all_is_image() -> None
 
 
 def test_an_unknown_target_is_refused() -> None:
-    with pytest.raises(ValueError, match="no target is named 'flow'; known: eps, v"):
-        training_pair("flow", draw(0), draw(1), TIMES, SCHEDULE)
+    with pytest.raises(ValueError, match="no target is named 'x'; known: eps, v, flow"):
+        training_pair("x", draw(0), draw(1), TIMES, SCHEDULE)

@@ -403,7 +403,7 @@ def table1(
     vaegan: Annotated[Path | None, Parameter(help="A run of `brainldm train vaegan`.")] = None,
     age: Annotated[Path | None, Parameter(help="A run of `brainldm train age`.")] = None,
     sex: Annotated[Path | None, Parameter(help="A run of `brainldm train sex`.")] = None,
-    recipe: Annotated[str, Parameter(help="Recipe of the latent diffusion model, where it is trained here.")] = "demo",
+    recipe: Annotated[str, Parameter(help="Recipe of the latent diffusion model, where it is trained here.")] = "quick",
     minutes: Annotated[float, Parameter(help="Training time of each model; the predictors take a quarter.")] = 10.0,
     n: Annotated[int, Parameter(help="Brains made in each way.")] = 64,
     pairs: Annotated[int, Parameter(help="Random pairs for the diversity figures.")] = 1000,

@@ -170,6 +170,33 @@ class CovariateRanges:
         return cls((a, c, e, g), (b, d, f, h))
 
 
+# What a network is told of a covariate that is not to be told (training drops them now and then, for guidance). Values
+# that mean something lie about 0..1; extrapolation as far as the paper's reaches -0.5.
+NOT_TOLD = -1.0
+# Normal scores between these are mapped to 0..1.
+_SCORE_REACH = 2.5
+SCALINGS = ("min_max", "equalised")
+
+
+def conditions(
+    rows: Sequence[Covariates], ranges: CovariateRanges, equalised_by: CovariateModel | None = None
+) -> np.ndarray:
+    """What a network is told of these people: float32, shape (n, 4), in the order of `COVARIATES`.
+
+    Each range as 0..1 (the paper's way); or equalised by the training people's distribution: the normal score of a
+    value's rank among them, -2.5 as 0 and 2.5 as 1, so that people are spread evenly over what the network sees. Both go
+    on beyond the training range.
+    """
+    values = covariates_array(rows)
+    told = ranges.normalise(values)
+    if equalised_by is not None:
+        for position, name in enumerate(COVARIATES):
+            if name != "sex":
+                scores = [equalised_by.marginals[name].score(value) for value in values[:, position].tolist()]
+                told[:, position] = 0.5 + np.array(scores) / (2 * _SCORE_REACH)
+    return told.astype(np.float32)
+
+
 # Pinaya et al. 2022, section 2.1: UK Biobank fields 31, 21003, 25004 and 25009 of 31,740 people.
 PAPER_RANGES = CovariateRanges((0.0, 44.0, 6995.68, 1144240.0), (1.0, 82.0, 171375.0, 1793910.0))
 

@@ -5,13 +5,15 @@ The description is data, never code: strict pydantic models over plain JSON, unk
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from brainldm.base.covariates import COVARIATES, UNITS, CovariateModel, CovariateRanges
+from brainldm.base.covariates import COVARIATES, UNITS, CovariateModel, CovariateRanges, Covariates, conditions
 from brainldm.base.volume import Grid
-from brainldm.diffusion.schedule import Schedule, scaled_linear
+from brainldm.diffusion.schedule import Schedule, rectified, scaled_linear
 from brainldm.nets.autoencoder import AutoencoderConfig
 from brainldm.nets.gan import GanConfig
 from brainldm.nets.unet import UNetConfig
@@ -19,6 +21,7 @@ from brainldm.nets.unet import UNetConfig
 FORMAT_VERSION: Literal[1] = 1
 AUTOENCODER_NAME = "autoencoder.safetensors"
 UNET_NAME = "unet.safetensors"
+POPULATION_NAME = "latent_population.safetensors"
 GENERATOR_NAME = "generator.safetensors"
 
 
@@ -29,14 +32,17 @@ class Strict(BaseModel):
 
 
 class ScheduleDescription(Strict):
-    """The noise schedule; `scaled_linear` is the paper's (linear in the square root of beta)."""
+    """The noise schedule; `scaled_linear` is the paper's (linear in the square root of beta), `rectified` the straight
+    line of rectified flow, which has no betas."""
 
-    kind: Literal["scaled_linear"] = "scaled_linear"
+    kind: Literal["scaled_linear", "rectified"] = "scaled_linear"
     beta_start: float = 0.0015
     beta_end: float = 0.0205
     steps: int = 1000
 
     def build(self) -> Schedule:
+        if self.kind == "rectified":
+            return rectified(self.steps)
         return scaled_linear(self.beta_start, self.beta_end, self.steps)
 
 
@@ -63,13 +69,15 @@ class UNetDescription(Strict):
     context_features: int = 4
     norm_groups: int = 32
     norm_eps: float = 1e-6
+    covariates_in_time: bool = False
 
     def build(self) -> UNetConfig:
         return UNetConfig(**self.model_dump())
 
 
 class LatentDescription(Strict):
-    """The space the diffusion works in: U-Net latent = autoencoder latent x scale.
+    """The space the diffusion works in: U-Net latent = autoencoder latent x scale, or with `by_population` what its
+    voxels' lines leave of it (latent_population.py), which a file of its own holds.
 
     Mean and standard deviation per channel are those of the training people; None where nobody published them.
     """
@@ -78,6 +86,7 @@ class LatentDescription(Strict):
     scale: float = Field(gt=0)
     channel_mean: tuple[float, ...] | None = None
     channel_std: tuple[float, ...] | None = None
+    by_population: bool = False
 
 
 class GridDescription(Strict):
@@ -110,12 +119,15 @@ class GridDescription(Strict):
 class CovariatesDescription(Strict):
     """The covariates in the network's order, their units and training ranges, and their joint distribution.
 
-    The distribution holds no individual's row: quantiles and correlations of the training people.
+    The distribution holds no individual's row: quantiles and correlations of the training people. `scaling` is how the
+    network is told them (base/covariates.py), `dropout` how often its training kept them back; guidance needs that.
     """
 
     names: tuple[str, ...] = COVARIATES
     ranges: dict[str, dict[str, float | str]]
     joint: dict | None = None
+    scaling: Literal["min_max", "equalised"] = "min_max"
+    dropout: float = Field(default=0.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _are_the_known_ones(self) -> CovariatesDescription:
@@ -124,6 +136,8 @@ class CovariatesDescription(Strict):
         for name in COVARIATES:
             if self.ranges.get(name, {}).get("units") != UNITS[name]:
                 raise ValueError(f"the range of {name} must be in {UNITS[name]!r}")
+        if self.scaling == "equalised" and self.joint is None:
+            raise ValueError("equalised covariates need the distribution by which they are")
         return self
 
     def fitted_ranges(self) -> CovariateRanges:
@@ -131,6 +145,11 @@ class CovariatesDescription(Strict):
 
     def joint_model(self) -> CovariateModel | None:
         return None if self.joint is None else CovariateModel.from_json(self.joint)
+
+    def conditions(self, rows: Sequence[Covariates]) -> np.ndarray:
+        """What the network is told of these people: float32, (n, 4)."""
+        equalised_by = self.joint_model() if self.scaling == "equalised" else None
+        return conditions(rows, self.fitted_ranges(), equalised_by)
 
 
 class WeightsFile(Strict):
@@ -165,7 +184,7 @@ class LatentDiffusionDescription(ModelDescription):
     autoencoder: AutoencoderDescription
     unet: UNetDescription
     schedule: ScheduleDescription = ScheduleDescription()
-    target: Literal["eps", "v"] = "eps"
+    target: Literal["eps", "v", "flow"] = "eps"
     latent: LatentDescription
 
     @property

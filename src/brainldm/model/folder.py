@@ -3,25 +3,29 @@
     MODEL/model.json                 what the weights are and how to use them (description.py)
     MODEL/autoencoder.safetensors
     MODEL/unet.safetensors           (a GAN: generator.safetensors alone)
+    MODEL/latent_population.safetensors   (where the U-Net works on what a population's mean leaves)
 
 Loading refuses a folder in which anything is missing, changed, of a newer format or of another shape than described.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
+from brainldm.base.covariates import COVARIATES
 from brainldm.base.errors import BadInput
 from brainldm.base.files import read_json, sha256_of, write_json
 from brainldm.model.description import (
     AUTOENCODER_NAME,
     FORMAT_VERSION,
     GENERATOR_NAME,
+    POPULATION_NAME,
     UNET_NAME,
     GanDescription,
     LatentDiffusionDescription,
@@ -29,6 +33,7 @@ from brainldm.model.description import (
 )
 from brainldm.model.gan import GanModel
 from brainldm.model.latent_diffusion import LatentDiffusion
+from brainldm.model.latent_population import LatentPopulation
 from brainldm.model.memory import MemoryPlan
 from brainldm.model.tensors import misfits, shortened, write_tensors
 from brainldm.nets.autoencoder import Autoencoder
@@ -47,14 +52,16 @@ def save_model(folder: Path, model: LatentDiffusion | GanModel) -> LatentDiffusi
         parts: dict[str, torch.nn.Module] = {GENERATOR_NAME: model.generator}
     else:
         parts = {AUTOENCODER_NAME: model.autoencoder, UNET_NAME: model.unet}
-    weights = {name: _save_weights(folder / name, module) for name, module in parts.items()}
+    weights = {name: _save_weights(folder / name, module.state_dict()) for name, module in parts.items()}
+    if isinstance(model, LatentDiffusion) and model.population is not None:
+        weights[POPULATION_NAME] = _save_weights(folder / POPULATION_NAME, model.population.tensors())
     description = model.description.model_copy(update={"weights": weights})
     write_json(folder / DESCRIPTION_NAME, description.model_dump(mode="json"))
     return description
 
 
-def _save_weights(path: Path, module: torch.nn.Module) -> WeightsFile:
-    write_tensors(path, module.state_dict())
+def _save_weights(path: Path, tensors: Mapping[str, torch.Tensor]) -> WeightsFile:
+    write_tensors(path, tensors)
     return WeightsFile(bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
@@ -179,8 +186,33 @@ def _load_latent_diffusion(
         _fill(folder / UNET_NAME, unet, device, half[UNET_NAME])
 
     return LatentDiffusion(
-        description, autoencoder, unet, precision, memory.slab_bytes, None if memory.keeps_unet else reload_unet
+        description,
+        autoencoder,
+        unet,
+        precision,
+        memory.slab_bytes,
+        None if memory.keeps_unet else reload_unet,
+        _read_population(folder, description, device) if description.latent.by_population else None,
     )
+
+
+def _read_population(folder: Path, description: LatentDiffusionDescription, device: torch.device) -> LatentPopulation:
+    path, shape_CXYZ = folder / POPULATION_NAME, description.latent.shape_CXYZ
+    _prove(path, description.weights.get(POPULATION_NAME))
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadInput(f"is not a safetensors file ({error}).", remedy=_REMEDY, path=path, reason="damaged") from error
+    wanted = {"mean": shape_CXYZ, "slopes": (len(COVARIATES), *shape_CXYZ), "std": shape_CXYZ}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != wanted or not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        raise BadInput(
+            f"holds {found} where finite tensors of {wanted} are needed.",
+            remedy=_REMEDY,
+            path=path,
+            reason="architecture",
+        )
+    return LatentPopulation.from_tensors(tensors, device)
 
 
 def _prove(path: Path, expected: WeightsFile | None) -> None:

@@ -9,12 +9,13 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from brainldm.base.covariates import CovariateModel, CovariateRanges, Covariates, covariates_array
+from brainldm.base.covariates import NOT_TOLD, CovariateModel, CovariateRanges, Covariates
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.volume import Grid
 from brainldm.diffusion.solvers import DEFAULT_SAMPLER, SAMPLERS, Denoise, Sampler
-from brainldm.diffusion.target import eps_from_v
+from brainldm.diffusion.target import eps_of, network_input
 from brainldm.model.description import LatentDiffusionDescription
+from brainldm.model.latent_population import LatentPopulation
 from brainldm.model.memory import return_freed_memory
 from brainldm.model.precision import autocast
 from brainldm.nets.autoencoder import Autoencoder
@@ -51,7 +52,8 @@ class LatentDiffusion:
     """Autoencoder, U-Net and their description: the system of Pinaya et al. 2022, and how it runs here.
 
     `precision` is fp32 or bf16. With `slab_bytes` images are decoded in slabs of about that size. With `reload_unet`
-    the U-Net is given up before decoding, and read again by that function when it is needed next.
+    the U-Net is given up before decoding, and read again by that function when it is needed next. `guidance` above 1
+    exaggerates what is asked (Ho & Salimans 2022): two calls a step, of a model trained to be told nothing now and then.
     """
 
     description: LatentDiffusionDescription
@@ -60,6 +62,8 @@ class LatentDiffusion:
     precision: str = "fp32"
     slab_bytes: int | None = None
     reload_unet: Callable[[], None] | None = None
+    population: LatentPopulation | None = None
+    guidance: float = 1.0
 
     @property
     def name(self) -> str:
@@ -114,7 +118,7 @@ class LatentDiffusion:
         steps: int | None = None,
         progress: Progress = Quiet(),  # noqa: B008  # stateless
     ) -> torch.Tensor:
-        """Latents (B, C, x, y, z) in the U-Net's scale, float32."""
+        """Latents (B, C, x, y, z) in the autoencoder's units, float32."""
         if self.reload_unet is not None and is_forgotten(self.unet):
             self.reload_unet()
         shape_CXYZ = tuple(self.description.latent.shape_CXYZ)
@@ -125,18 +129,31 @@ class LatentDiffusion:
 
         schedule = self.description.schedule.build()
         steps = sampler.default_steps if steps is None else steps
-        return sampler.run(self.denoiser(covariates), step_noise, schedule, steps, progress.advance)
+        x_BCXYZ = sampler.run(self.denoiser(covariates), step_noise, schedule, steps, progress.advance)
+        if self.population is None:
+            return x_BCXYZ / self.description.latent.scale
+        return self.population.restored(x_BCXYZ, self._conditions(covariates))
+
+    def _conditions(self, covariates: Sequence[Covariates]) -> torch.Tensor:
+        return torch.from_numpy(self.description.covariates.conditions(covariates)).to(self.device)
 
     def denoiser(self, covariates: Sequence[Covariates]) -> Denoise:
         """The network as the callable samplers want: (x, timesteps) -> eps."""
-        normalised_BF = self.ranges.normalise(covariates_array(covariates)).astype(np.float32)
-        condition_BF = torch.from_numpy(normalised_BF).to(self.device)
-        schedule = self.description.schedule.build()
+        told_BF = self._conditions(covariates)
+        untold_BF = torch.full_like(told_BF, NOT_TOLD)
+        schedule, target = self.description.schedule.build(), self.description.target
+
+        def answer(x_BCXYZ: torch.Tensor, timesteps_B: torch.Tensor, condition_BF: torch.Tensor) -> torch.Tensor:
+            with autocast(self.device, self.precision):
+                return self.unet(*with_covariates(x_BCXYZ, timesteps_B, condition_BF)).float()
 
         def denoise(x_BCXYZ: torch.Tensor, timesteps_B: torch.Tensor) -> torch.Tensor:
-            with autocast(self.device, self.precision):
-                output = self.unet(*with_covariates(x_BCXYZ, timesteps_B, condition_BF)).float()
-            return output if self.description.target == "eps" else eps_from_v(output, x_BCXYZ, timesteps_B, schedule)
+            shown_BCXYZ = network_input(target, x_BCXYZ, timesteps_B, schedule)
+            output = answer(shown_BCXYZ, timesteps_B, told_BF)
+            if self.guidance != 1:
+                blind = answer(shown_BCXYZ, timesteps_B, untold_BF)
+                output = blind + self.guidance * (output - blind)
+            return eps_of(target, output, x_BCXYZ, timesteps_B, schedule)
 
         return denoise
 
@@ -146,9 +163,9 @@ class LatentDiffusion:
         latent_BCXYZ: torch.Tensor,
         progress: Progress = Quiet(),  # noqa: B008  # stateless
     ) -> np.ndarray:
-        """Images (B, X, Y, Z), float32, RAS+, of latents in the U-Net's scale, decoded one by one to bound memory."""
+        """Images (B, X, Y, Z), float32, RAS+, of latents as `sample_latents` gives them, one by one to bound memory."""
         images_XYZ = []
-        for latent_CXYZ in latent_BCXYZ / self.description.latent.scale:
+        for latent_CXYZ in latent_BCXYZ:
             with autocast(self.device, self.precision):
                 if self.slab_bytes is None:
                     image_BCXYZ = self.autoencoder.decode(latent_CXYZ[None])

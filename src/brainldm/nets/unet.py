@@ -36,7 +36,8 @@ class UNetConfig:
     """Widths of a U-Net, one entry a level in `channels`, `attention` and `head_channels`.
 
     `in_channels` counts the latent channels and the covariates; `head_channels` is the width of one attention head
-    (the paper has one head, so the level's width) and is read only where `attention` is on.
+    (the paper has one head, so the level's width) and is read only where `attention` is on. `covariates_in_time` is not
+    the paper's: the covariates are told a third time, to every residual block, beside the timestep.
     """
 
     in_channels: int = 7
@@ -48,6 +49,7 @@ class UNetConfig:
     context_features: int = 4
     norm_groups: int = 32
     norm_eps: float = 1e-6
+    covariates_in_time: bool = False
 
     def __post_init__(self) -> None:
         for name in ("channels", "attention", "head_channels"):
@@ -197,6 +199,10 @@ class DiffusionUNet(nn.Module):
 
         self.conv_in = Convolution(config.in_channels, widths[0])
         self.time_embed = nn.Sequential(nn.Linear(widths[0], time), nn.SiLU(), nn.Linear(time, time))
+        if config.covariates_in_time:
+            self.covariate_embed = nn.Sequential(
+                nn.Linear(config.context_features, time), nn.SiLU(), nn.Linear(time, time)
+            )
 
         self.down_blocks = nn.ModuleList()
         skips = [widths[0]]  # widths of the feature maps handed across, in the order they are made
@@ -239,6 +245,8 @@ class DiffusionUNet(nn.Module):
         """
         self.config.check_latent(tuple(x_BCXYZ.shape[2:]))
         time_BF = self.time_embed(timestep_embedding(timesteps_B, self.config.channels[0]).to(x_BCXYZ.dtype))
+        if self.config.covariates_in_time:
+            time_BF = time_BF + self.covariate_embed(context_BNF[:, 0])
         h = self.conv_in(x_BCXYZ.contiguous(memory_format=torch.channels_last_3d))
         handed = [h]
         for level in _levels(self.down_blocks):

@@ -13,14 +13,19 @@ from brainldm.base.errors import UsageError
 if TYPE_CHECKING:
     from brainldm.train.config import Recipe
 
-NAMES = ("demo", "small", "paper")
+NAMES = ("quick", "demo", "small", "paper")
 
 
 def recipe_named(name: str) -> Recipe:
     """The recipe of that name."""
-    from brainldm.recipes import demo, paper, small
+    from brainldm.recipes import demo, paper, quick, small
 
-    makers: dict[str, Callable[[], Recipe]] = {"demo": demo.demo, "small": small.small, "paper": paper.paper}
+    makers: dict[str, Callable[[], Recipe]] = {
+        "quick": quick.quick,
+        "demo": demo.demo,
+        "small": small.small,
+        "paper": paper.paper,
+    }
     if name not in makers:
         raise UsageError(f"no recipe is named {name!r}.", remedy=f"Choose one of: {', '.join(NAMES)}.")
     return makers[name]()

@@ -1,45 +1,59 @@
-"""The short training of `brainldm demo`: minutes on two cores."""
+"""The model that comes with the package."""
 
 from __future__ import annotations
 
 from brainldm.nets.autoencoder import AutoencoderConfig
-from brainldm.train.config import AutoencoderStageConfig, DiffusionStageConfig, Recipe
+from brainldm.train.config import Augmentation, AutoencoderStageConfig, DiffusionStageConfig, Recipe
 
 
 def demo() -> Recipe:
-    """A small latent diffusion model of 4 mm images (40 x 56 x 40), trained in minutes on a laptop.
+    """A latent diffusion model of 2 mm images (80 x 112 x 80) that trains on two cores: latent 8 x 10 x 14 x 10.
 
-        brainldm train demo --data PREPARED --out RUN
+        brainldm phantom PHANTOMS --n 480 --grid 2mm --seed 1 --workers 2
+        brainldm prepare PHANTOMS COHORT --grid 2mm --workers 2
+        brainldm train demo --data COHORT --out RUN
 
-    The same code as the paper's, narrower, with the first halving done by folding 2 x 2 x 2 voxels into channels.
+    That made the shipped model; its card says how long it took and what it scores. No convolution runs at full
+    resolution (4 x 4 x 4 voxels are folded into channels), and the U-Net works on what the population's mean brain for
+    the given covariates leaves. Images are flipped, which is right for phantoms alone: their template is symmetric.
     """
+    flips = Augmentation(flip_probability=0.5)
     return Recipe(
         name="demo",
         autoencoder=AutoencoderStageConfig(
-            net=AutoencoderConfig(channels=(32, 64), res_blocks=1, norm_groups=8, latent_channels=4, fold=2),
-            steps=1000,
-            batch=2,
-            learning_rate=1e-3,
-            warmup_steps=20,
-            cosine_decay=True,
-            gradient_clip=1.0,
-            kl_weight=1e-6,
-            perceptual_weight=0.0,
-            adversarial_weight=0.0,
-        ),
-        diffusion=DiffusionStageConfig(
-            channels=(32, 64),
-            attention=(False, True),
-            head_channels=(0, 64),
-            norm_groups=8,
-            res_blocks=1,
-            steps=1800,
-            batch=4,
-            learning_rate=1e-3,
+            net=AutoencoderConfig(channels=(48, 64), res_blocks=1, norm_groups=8, latent_channels=8, fold=4),
+            steps=4500,
+            batch=1,
+            learning_rate=1.5e-3,
             warmup_steps=50,
             cosine_decay=True,
             gradient_clip=1.0,
-            ema_decay=0.995,
+            kl_weight=1e-7,
+            perceptual_weight=0.0,
+            adversarial_weight=0.0,
+            augmentation=flips,
         ),
-        checkpoint_minutes=1.0,
+        diffusion=DiffusionStageConfig(
+            channels=(64, 128),
+            attention=(False, True),
+            head_channels=(0, 64),
+            norm_groups=16,
+            res_blocks=1,
+            steps=5000,
+            batch=6,
+            learning_rate=1e-3,
+            warmup_steps=100,
+            cosine_decay=True,
+            gradient_clip=1.0,
+            ema_decay=0.998,
+            target="flow",
+            schedule="rectified",
+            timestep_draw="logit_normal",
+            latent_population=True,
+            latent_views=2,
+            augmentation=Augmentation(flip_probability=1.0),
+            covariate_scaling="equalised",
+            covariates_in_time=True,
+        ),
+        checkpoint_minutes=3.0,
     )

@@ -73,7 +73,7 @@ def make_table1(
     out: Path,
     *,
     models: Mapping[str, Path | None] | None = None,
-    recipe: str = "demo",
+    recipe: str = "quick",
     minutes: float = 10.0,
     n: int = 64,
     pairs: int = 1000,

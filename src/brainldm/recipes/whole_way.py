@@ -62,7 +62,7 @@ def run_demo(
     from brainldm.generate.plan import make_plan
     from brainldm.generate.run import GenerateSettings, generate
     from brainldm.model.folder import load_model
-    from brainldm.recipes.demo import demo
+    from brainldm.recipes.quick import quick
     from brainldm.report import write_report
     from brainldm.train.run import train
 
@@ -76,7 +76,7 @@ def run_demo(
     say("2/6 prepare it as a cohort")
     prepare_study(out / "phantoms", out / "cohort", PrepareConfig(grid=grid), workers=workers, progress=progress)
     say("3/6 train the autoencoder, then the diffusion model")
-    train(demo(), out / "cohort", out / "run", minutes=minutes, progress=progress)
+    train(quick(), out / "cohort", out / "run", minutes=minutes, progress=progress)
     say("4/6 generate brains")
     model = load_model(out / "run")
     rows = make_plan(demo_sweeps(model.ranges), n=None, seed=seed, ranges=model.ranges, joint=model.joint)

@@ -18,6 +18,7 @@ from brainldm.cohort.dataset import VolumeDataset
 from brainldm.model.precision import autocast
 from brainldm.nets.autoencoder import Autoencoder
 from brainldm.nets.discriminator import discriminator_loss, generator_loss, patch_discriminator
+from brainldm.train.augment import changed, draw_change
 from brainldm.train.batches import BatchOrder
 from brainldm.train.checkpoint import module_tensors, optimiser_tensors, restore_module, restore_optimiser
 from brainldm.train.config import AutoencoderStageConfig
@@ -63,7 +64,7 @@ class AutoencoderStage:
     def step(self, step: int) -> dict[str, float]:
         config = self.config
         self._set_learning_rates(step)
-        image = self._images(self.train, self.order.members(step))
+        image = self._training_images(step)
         adversarial = self.discriminator is not None and step >= config.adversarial_from_step
 
         # Autoencoder
@@ -116,8 +117,21 @@ class AutoencoderStage:
         if self.discriminator is not None:
             self.discriminator_optimiser.param_groups[0]["lr"] = config.discriminator_learning_rate * factor
 
+    def _training_images(self, step: int) -> torch.Tensor:
+        """The batch of that step, each image changed by a draw of its own."""
+        draws = stream(self.seed, "autoencoder-augmentation", step)
+        return self._tensor(
+            [
+                changed(self.train.image_XYZ(i), draw_change(draws, self.config.augmentation))
+                for i in self.order.members(step)
+            ]
+        )
+
     def _images(self, dataset: VolumeDataset, members: list[int]) -> torch.Tensor:
-        image_B1XYZ = np.stack([dataset.image_XYZ(i) for i in members])[:, None]
+        return self._tensor([dataset.image_XYZ(i) for i in members])
+
+    def _tensor(self, images_XYZ: list[np.ndarray]) -> torch.Tensor:
+        image_B1XYZ = np.stack(images_XYZ)[:, None]
         return torch.from_numpy(image_B1XYZ).to(self.device).contiguous(memory_format=torch.channels_last_3d)
 
     # ---- state --------------------------------------------------------------------------------------------------

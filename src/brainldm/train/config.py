@@ -11,6 +11,29 @@ STAGES = ("autoencoder", "diffusion")
 
 
 @dataclass(frozen=True)
+class Augmentation:
+    """Random changes of training images: those of the authors' sister projects (paper.md 3.1) where a recipe asks.
+
+    A flip (left for right) teaches that brains are symmetric, which they are not quite: off unless a recipe asks.
+    """
+
+    flip_probability: float = 0.0
+    affine_probability: float = 0.0
+    translation_voxels: float = 1.0  # at most, along each axis
+    scaling: float = 0.02  # at most, larger or smaller
+    shift_probability: float = 0.0
+    intensity_shift: float = 0.05  # at most, up or down
+    gamma_probability: float = 0.0
+    gamma_range: tuple[float, float] = (0.97, 1.03)
+
+
+NO_AUGMENTATION = Augmentation()
+PAPER_AUGMENTATION = Augmentation(
+    flip_probability=0.5, affine_probability=0.1, shift_probability=0.1, gamma_probability=0.1
+)
+
+
+@dataclass(frozen=True)
 class AutoencoderStageConfig:
     """Stage 1: weights and rates as the authors use them (paper.md 3.1), unless a recipe says otherwise."""
 
@@ -29,6 +52,7 @@ class AutoencoderStageConfig:
     discriminator_channels: int = 96
     discriminator_layers: int = 3
     checkpointing: bool = False
+    augmentation: Augmentation = NO_AUGMENTATION
 
 
 @dataclass(frozen=True)
@@ -47,11 +71,21 @@ class DiffusionStageConfig:
     cosine_decay: bool = False
     gradient_clip: float | None = None
     ema_decay: float | None = 0.999
-    target: Literal["eps", "v"] = "eps"
-    latent_scale: float | None = None  # None: measured, 1 / standard deviation; 1.0 as the published bundle
+    target: Literal["eps", "v", "flow"] = "eps"
+    schedule: Literal["scaled_linear", "rectified"] = "scaled_linear"
     beta_start: float = 0.0015
     beta_end: float = 0.0205
     schedule_steps: int = 1000
+    # How training draws timesteps: all alike, or more from the middle (Esser et al. 2024), where most is decided.
+    timestep_draw: Literal["uniform", "logit_normal"] = "uniform"
+    latent_scale: float | None = None  # None: measured, 1 / standard deviation; 1.0 as the published bundle
+    # Take each latent voxel's mean for the given covariates out, and divide by what is left (model/latent_population).
+    latent_population: bool = False
+    latent_views: int = 1  # encodings kept of each person: the image as it is, and augmented ones
+    augmentation: Augmentation = NO_AUGMENTATION
+    covariate_scaling: Literal["min_max", "equalised"] = "min_max"
+    covariates_in_time: bool = False
+    condition_dropout: float = 0.0  # how often nothing is told, which guidance needs (Ho & Salimans 2022)
     checkpointing: bool = False
 
 

@@ -1,6 +1,8 @@
 """Stage 2: the U-Net learns to take noise out of latents, told the covariates (paper 2.2).
 
 x_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps;   loss = |U(x_t, t, covariates) - target|^2
+
+z is the latent x scale (the paper), or what the population's mean leaves of it (model/latent_population).
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from brainldm.base.covariates import COVARIATES, Covariates
+from brainldm.base.covariates import COVARIATES, NOT_TOLD, Covariates
 from brainldm.base.streams import stream
-from brainldm.diffusion.schedule import scaled_linear
+from brainldm.diffusion.schedule import Schedule, rectified, scaled_linear
 from brainldm.diffusion.target import training_pair
 from brainldm.model.latent_diffusion import LatentDiffusion
+from brainldm.model.latent_population import LatentPopulation
 from brainldm.model.precision import autocast
 from brainldm.nets.unet import DiffusionUNet, UNetConfig, with_covariates
 from brainldm.train.averages import MovingAverage
@@ -39,7 +42,22 @@ def unet_config(config: DiffusionStageConfig, latent_channels: int) -> UNetConfi
         res_blocks=config.res_blocks,
         context_features=len(COVARIATES),
         norm_groups=config.norm_groups,
+        covariates_in_time=config.covariates_in_time,
     )
+
+
+def stage_schedule(config: DiffusionStageConfig) -> Schedule:
+    if config.schedule == "rectified":
+        return rectified(config.schedule_steps)
+    return scaled_linear(config.beta_start, config.beta_end, config.schedule_steps)
+
+
+def draw_timesteps(draws: np.random.Generator, config: DiffusionStageConfig, count: int) -> np.ndarray:
+    """Timesteps of a batch: all alike, or a standard normal's logistic share of the schedule."""
+    if config.timestep_draw == "uniform":
+        return draws.integers(0, config.schedule_steps, count)
+    share = 1 / (1 + np.exp(-draws.standard_normal(count)))
+    return np.minimum((share * config.schedule_steps).astype(np.int64), config.schedule_steps - 1)
 
 
 class DiffusionStage:
@@ -52,6 +70,7 @@ class DiffusionStage:
         config: DiffusionStageConfig,
         latents: Latents,
         scale: float,
+        population: LatentPopulation | None,
         condition_NF: np.ndarray,
         names: list[str],
         *,
@@ -59,10 +78,10 @@ class DiffusionStage:
         device: torch.device,
         precision: str,
     ) -> None:
-        self.config, self.latents, self.scale, self.names = config, latents, scale, names
-        self.condition_NF = torch.from_numpy(condition_NF.astype(np.float32))
+        self.config, self.latents, self.scale, self.population, self.names = config, latents, scale, population, names
+        self.condition_NF = torch.from_numpy(condition_NF)
         self.steps, self.seed, self.device, self.precision = config.steps, seed, device, precision
-        self.schedule = scaled_linear(config.beta_start, config.beta_end, config.schedule_steps)
+        self.schedule = stage_schedule(config)
         self.order = BatchOrder(seed, len(names), min(config.batch, len(names)))
         torch.manual_seed(int(stream(seed, "diffusion-weights").integers(2**31)))  # torch's initialisers read it
         net = unet_config(config, latents.mean_NCXYZ.shape[1])
@@ -81,14 +100,21 @@ class DiffusionStage:
         )
         draw = stream(self.seed, "diffusion-step", step)
         shape = (len(members), *self.latents.mean_NCXYZ.shape[1:])
-        z_BCXYZ = self.scale * self.latents.sample(members, draw.standard_normal(shape, np.float32))
+        latent_BCXYZ = self.latents.sample(members, draw.standard_normal(shape, np.float32))
+        condition_BF = self.condition_NF[members]
+        if self.population is None:
+            z_BCXYZ = self.scale * latent_BCXYZ
+        else:
+            z_BCXYZ = self.population.standardised(latent_BCXYZ, condition_BF)
         noise_BCXYZ = torch.from_numpy(draw.standard_normal(shape, np.float32))
-        timesteps_B = torch.from_numpy(draw.integers(0, config.schedule_steps, len(members)))
+        timesteps_B = torch.from_numpy(draw_timesteps(draw, config, len(members)))
+        # Whether somebody's covariates are kept back: the image is still theirs.
+        untold_B1 = torch.from_numpy(draw.random((len(members), 1)) < config.condition_dropout)
+        condition_BF = torch.where(untold_B1, NOT_TOLD, condition_BF).to(self.device)
         x_BCXYZ, target_BCXYZ = training_pair(config.target, z_BCXYZ, noise_BCXYZ, timesteps_B, self.schedule)
 
         self.optimiser.zero_grad(set_to_none=True)
         x_BCXYZ = x_BCXYZ.to(self.device).contiguous(memory_format=torch.channels_last_3d)
-        condition_BF = self.condition_NF[members].to(self.device)
         with autocast(self.device, self.precision):
             output = self.unet(*with_covariates(x_BCXYZ, timesteps_B.to(self.device), condition_BF))
         loss = F.mse_loss(output.float(), target_BCXYZ.to(self.device))
@@ -137,7 +163,7 @@ class DiffusionStage:
         model = replace(self.sample_preview, unet=self.trained_unet(), precision=self.precision)
         middle = Covariates.from_array(model.ranges.denormalise(np.full(len(COVARIATES), 0.5)))
         noise = [preview_noise(index) for index in range(4)]
-        images_BXYZ = model.sample([middle] * 4, noise, sampler="ddim", steps=20)
+        images_BXYZ = model.sample([middle] * 4, noise)
         save_rows(path, [images_BXYZ])
 
 

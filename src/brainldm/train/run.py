@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import brainldm
-from brainldm.base.covariates import CovariateModel, CovariateRanges, covariates_array
+from brainldm.base.covariates import CovariateModel, CovariateRanges, conditions
 from brainldm.base.errors import UsageError
 from brainldm.base.files import locked_folder, read_json, write_json
 from brainldm.base.progress import Progress, Quiet
@@ -34,6 +34,7 @@ from brainldm.model.description import (
 )
 from brainldm.model.folder import save_model
 from brainldm.model.latent_diffusion import LatentDiffusion
+from brainldm.model.latent_population import LatentPopulation
 from brainldm.model.precision import choose_device, choose_precision
 from brainldm.nets.autoencoder import Autoencoder
 from brainldm.train import perceptual
@@ -197,23 +198,40 @@ class _Run:
             autoencoder,
             self.train,
             _latents_key(autoencoder, self.cohort),
+            views=self.recipe.diffusion.latent_views,
+            augmentation=self.recipe.diffusion.augmentation,
+            seed=self.recipe.seed,
             device=self.device,
             precision=self.precision,
             progress=self.progress,
         )
-        scale = self.recipe.diffusion.latent_scale or 1.0 / latents.std
-        condition_NF = self.ranges.normalise(covariates_array(self.train.covariates))
+        config = self.recipe.diffusion
+        scale = config.latent_scale or 1.0 / latents.std
+        people = [
+            replace(row, ventricles_mm3=row.ventricles_mm3 * factor)
+            for row, factor in zip(self.train.covariates * config.latent_views, latents.ventricle_factor_N.tolist())
+        ]
+        equalised_by = CovariateModel.fitted(self.train.covariates) if config.covariate_scaling == "equalised" else None
+        condition_NF = conditions(people, self.ranges, equalised_by)
+        population = None
+        if config.latent_population:
+            population = LatentPopulation.fitted(
+                latents.mean_NCXYZ, latents.log_variance_NCXYZ.exp(), torch.from_numpy(condition_NF)
+            )
         stage = DiffusionStage(
-            self.recipe.diffusion,
+            config,
             latents,
             scale,
+            population,
             condition_NF,
-            self.train.names,
+            self.train.names * config.latent_views,
             seed=self.recipe.seed,
             device=self.device,
             precision=self.precision,
         )
-        stage.sample_preview = LatentDiffusion(self._description(latents, scale, {}), autoencoder, stage.unet)
+        stage.sample_preview = LatentDiffusion(
+            self._description(latents, scale, {}), autoencoder, stage.unet, population=population
+        )
         summary = self._run(stage, minutes)
         training = {
             "recipe": self.recipe.name,
@@ -227,7 +245,9 @@ class _Run:
             "precision": self.precision,
             "versions": {"brainldm": brainldm.__version__, "torch": torch.__version__},
         }
-        model = LatentDiffusion(self._description(latents, scale, training), autoencoder, stage.trained_unet())
+        model = LatentDiffusion(
+            self._description(latents, scale, training), autoencoder, stage.trained_unet(), population=population
+        )
         save_model(self.out / "model", model)
         return summary
 
@@ -240,7 +260,10 @@ class _Run:
             autoencoder=AutoencoderDescription(**_fields(self.recipe.autoencoder.net, AutoencoderDescription)),
             unet=UNetDescription(**_fields(net, UNetDescription)),
             schedule=ScheduleDescription(
-                beta_start=diffusion.beta_start, beta_end=diffusion.beta_end, steps=diffusion.schedule_steps
+                kind=diffusion.schedule,
+                beta_start=diffusion.beta_start,
+                beta_end=diffusion.beta_end,
+                steps=diffusion.schedule_steps,
             ),
             target=diffusion.target,
             latent=LatentDescription(
@@ -248,10 +271,13 @@ class _Run:
                 scale=scale,
                 channel_mean=latents.channel_mean,
                 channel_std=latents.channel_std,
+                by_population=diffusion.latent_population,
             ),
             covariates=CovariatesDescription(
                 ranges=self.ranges.to_json(),
                 joint=CovariateModel.fitted(self.train.covariates).to_json(),
+                scaling=diffusion.covariate_scaling,
+                dropout=diffusion.condition_dropout,
             ),
             grid=GridDescription.of(self.cohort.grid),
             preprocessing=dict(self.cohort.preprocessing),
