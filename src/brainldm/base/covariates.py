@@ -184,8 +184,8 @@ def conditions(
     """What a network is told of these people: float32, shape (n, 4), in the order of `COVARIATES`.
 
     Each range as 0..1 (the paper's way); or equalised by the training people's distribution: the normal score of a
-    value's rank among them, -2.5 as 0 and 2.5 as 1, so that people are spread evenly over what the network sees. Both go
-    on beyond the training range.
+    value's rank among them, -2.5 as 0 and 2.5 as 1, so that people are spread evenly over what the network sees. Both
+    go on beyond the training range.
     """
     values = covariates_array(rows)
     told = ranges.normalise(values)

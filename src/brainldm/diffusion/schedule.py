@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-
 # The ends of a rectified flow's line are pure image and pure noise, of which nothing can be learnt and from which
-# logarithms of ratios cannot be taken. A hundredth is what the published schedule leaves too (signal 0.0098 at its end).
+# logarithms of ratios cannot be taken. A hundredth is what the published schedule leaves too (its last signal: 0.0098).
 LEAST_SHARE = 0.01
 
 

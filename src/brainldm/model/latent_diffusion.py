@@ -53,7 +53,7 @@ class LatentDiffusion:
 
     `precision` is fp32 or bf16. With `slab_bytes` images are decoded in slabs of about that size. With `reload_unet`
     the U-Net is given up before decoding, and read again by that function when it is needed next. `guidance` above 1
-    exaggerates what is asked (Ho & Salimans 2022): two calls a step, of a model trained to be told nothing now and then.
+    exaggerates what is asked (Ho & Salimans 2022): two calls a step, of a model whose training kept it back at times.
     """
 
     description: LatentDiffusionDescription

@@ -9,7 +9,7 @@ from brainldm.train.config import Augmentation, AutoencoderStageConfig, Diffusio
 def demo() -> Recipe:
     """A latent diffusion model of 2 mm images (80 x 112 x 80) that trains on two cores: latent 8 x 10 x 14 x 10.
 
-        brainldm phantom PHANTOMS --n 480 --grid 2mm --seed 1 --workers 2
+        brainldm phantom PHANTOMS --n 513 --grid 2mm --seed 1 --workers 2
         brainldm prepare PHANTOMS COHORT --grid 2mm --workers 2
         brainldm train demo --data COHORT --out RUN
 

@@ -30,8 +30,8 @@ from brainldm.train.config import NO_AUGMENTATION, Augmentation
 class Latents:
     """Latents of the training people and their statistics, in the autoencoder's own units.
 
-    `ventricle_factor_N` is what an augmentation did to the ventricles' volume; the brain's, which is normalised for head
-    size, no change of size touches.
+    `ventricle_factor_N` is what an augmentation did to the ventricles' volume; the brain's is normalised for head size,
+    so no change of size touches it.
     """
 
     mean_NCXYZ: torch.Tensor
