@@ -15,10 +15,12 @@ from brainldm.base.covariates import (
     COVARIATES,
     FEMALE,
     MALE,
+    NOT_TOLD,
     PAPER_RANGES,
     CovariateModel,
     CovariateRanges,
     Covariates,
+    conditions,
     covariates_array,
     implausible,
     parse_age,
@@ -393,3 +395,36 @@ PINNED = [
     "test",
     "train",
 ]
+
+
+def test_conditions_are_min_max_as_in_the_paper_or_equalised_by_the_people() -> None:
+    people = [draw_of(i) for i in range(300)]
+    ranges, joint = CovariateRanges.fitted(people), CovariateModel.fitted(people)
+    told = conditions(people, ranges)
+    assert told.dtype == np.float32 and told.shape == (300, 4)
+    np.testing.assert_allclose(told, ranges.normalise(covariates_array(people)), rtol=1e-6)
+    even = conditions(people, ranges, joint)
+    np.testing.assert_array_equal(even[:, 0], told[:, 0])
+    # A normal score: half the people on either side of the middle, however skewed their volumes are.
+    assert abs(np.median(told[:, 2]) - 0.5) > 0.1
+    np.testing.assert_allclose(np.median(even[:, 1:], axis=0), 0.5, atol=0.02)
+    np.testing.assert_allclose(even[:, 1:].std(axis=0), 1 / 5, rtol=0.1)
+    assert even.min() > NOT_TOLD / 2, "nobody is told what means that nothing is told"
+
+
+def test_equalised_conditions_rise_with_the_value_beyond_the_range_too() -> None:
+    people = [draw_of(i) for i in range(100)]
+    ranges, joint = CovariateRanges.fitted(people), CovariateModel.fitted(people)
+    volumes = np.geomspace(3_000, 400_000, 40)
+    sweep = [Covariates(0, 60.0, float(v), 1.4e6) for v in volumes]
+    assert (np.diff(conditions(sweep, ranges, joint)[:, 2]) > 0).all()
+
+
+def draw_of(index: int) -> Covariates:
+    draws = stream(0, "conditions", index)
+    return Covariates(
+        int(draws.random() < 0.5),
+        float(draws.uniform(44, 82)),
+        float(np.exp(draws.normal(10.2, 0.5))),
+        float(draws.normal(1.4e6, 5e4)),
+    )

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from brainldm.diffusion.schedule import (
+    LEAST_SHARE,
     all_timesteps,
     leading_timesteps,
     original_timesteps,
+    rectified,
     scaled_linear,
     snr_timesteps,
 )
@@ -98,3 +100,13 @@ def test_timesteps_even_in_log_snr_fall_from_the_noisiest_to_nought(steps: int) 
     if steps == 7:
         log_snr = np.log(schedule.alpha_bars[timesteps] / (1 - schedule.alpha_bars[timesteps]))
         np.testing.assert_allclose(np.diff(log_snr), np.diff(log_snr).mean(), rtol=0.15)
+
+
+def test_a_rectified_flow_is_a_schedule_like_the_others() -> None:
+    schedule = rectified(1000)
+    t = np.linspace(LEAST_SHARE, 1 - LEAST_SHARE, 1000)
+    np.testing.assert_allclose(np.sqrt(schedule.alpha_bars), (1 - t) / np.hypot(t, 1 - t))
+    np.testing.assert_allclose(np.cumprod(1 - schedule.betas), schedule.alpha_bars)
+    assert (np.diff(schedule.alpha_bars) < 0).all()
+    with pytest.raises(ValueError, match="2 or more"):
+        rectified(1)

@@ -22,8 +22,8 @@ from brainldm.base.tables import read_table
 from brainldm.generate import run as generation
 from brainldm.generate.dataset import image_name
 from brainldm.generate.plan import PlanRow, Sweep, make_plan, read_plan, write_plan
-from brainldm.generate.run import GenerateSettings, generate, row_noise
-from brainldm.model.folder import load_model
+from brainldm.generate.run import GenerateSettings, check_settings, generate, row_noise
+from brainldm.model.folder import load_model, read_description
 from brainldm.model.latent_diffusion import LatentDiffusion
 
 FAST = GenerateSettings(steps=3, batch=2)
@@ -266,3 +266,11 @@ def test_disk_full_is_an_environment_problem(model: LatentDiffusion, tmp_path: P
         assert len(proven) == len(list(mount.rglob("*.nii.gz")))
     finally:
         subprocess.run(["umount", str(mount)], check=False)
+
+
+def test_a_model_that_was_always_told_cannot_be_guided(tiny_run: Path) -> None:
+    description = read_description(tiny_run)
+    with pytest.raises(UsageError, match="never trained without its covariates"):
+        check_settings(description, GenerateSettings(guidance=2.0))
+    with pytest.raises(UsageError, match="a guidance of nan"):
+        check_settings(description, GenerateSettings(guidance=float("nan")))

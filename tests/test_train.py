@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.files import sha256_of
-from brainldm.model.folder import load_model
+from brainldm.base.streams import stream
+from brainldm.generate.run import row_noise
+from brainldm.model.description import POPULATION_NAME
+from brainldm.model.folder import load_latent_diffusion, load_model
 from brainldm.train.checkpoint import Checkpoint, load_newest, save_checkpoint
+from brainldm.train.config import Augmentation, Recipe
 from brainldm.train.loop import run_stage
 from brainldm.train.run import train
 from conftest import tiny_recipe
@@ -50,6 +57,67 @@ def test_stopped_and_resumed_equals_unbroken(
     train(tiny_recipe(), tiny_cohort, tmp_path, stage="diffusion", steps=stop_after)
     train(tiny_recipe(), tiny_cohort, tmp_path)
     assert fingerprints(tmp_path) == fingerprints(tiny_run)
+
+
+def everything_on() -> Recipe:
+    """The tiny recipe with all that the paper's has not: rectified flow, population latents, views, dropout."""
+    recipe, changes = tiny_recipe(), Augmentation(flip_probability=0.5, affine_probability=0.5)
+    diffusion = replace(
+        recipe.diffusion,
+        target="flow",
+        schedule="rectified",
+        timestep_draw="logit_normal",
+        latent_population=True,
+        latent_views=2,
+        augmentation=changes,
+        covariate_scaling="equalised",
+        covariates_in_time=True,
+        condition_dropout=0.3,
+    )
+    return replace(recipe, autoencoder=replace(recipe.autoencoder, augmentation=changes), diffusion=diffusion)
+
+
+@pytest.fixture(scope="session")
+def run_with_everything(tiny_cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("everything") / "run"
+    train(everything_on(), tiny_cohort, out)
+    return out
+
+
+def test_with_everything_on_a_resumed_run_equals_the_unbroken_one(
+    run_with_everything: Path, tiny_cohort: Path, tmp_path: Path
+) -> None:
+    train(everything_on(), tiny_cohort, tmp_path, stage="autoencoder")
+    train(everything_on(), tiny_cohort, tmp_path, stage="diffusion", steps=2)
+    train(everything_on(), tiny_cohort, tmp_path)
+    assert fingerprints(tmp_path) == fingerprints(run_with_everything)
+    facts = json.loads((tmp_path / "latents" / "latents.json").read_text())
+    assert facts["made_by"]["views"] == 2
+
+
+def test_a_model_on_population_latents_is_whole_only_with_its_population(
+    run_with_everything: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run_with_everything / "model", tmp_path / "model")
+    model = load_latent_diffusion(tmp_path / "model")
+    person = model.joint.draw(stream(0, "somebody"))
+    image_XYZ = model.sample([person], [row_noise(0, 0)], steps=3)[0]
+    assert image_XYZ.shape == model.grid.shape_XYZ and np.isfinite(image_XYZ).all()
+    (tmp_path / "model" / POPULATION_NAME).unlink()
+    with pytest.raises(BadInput, match="weights are missing"):
+        load_latent_diffusion(tmp_path / "model")
+
+
+def test_guidance_goes_along_the_line_from_the_untold_to_the_told(run_with_everything: Path) -> None:
+    model = load_latent_diffusion(run_with_everything)
+    people = [model.joint.draw(stream(0, "somebody", i)) for i in range(2)]
+    x = torch.from_numpy(stream(0, "x").standard_normal((2, *model.description.latent.shape_CXYZ), np.float32))
+    at = torch.tensor([400, 400])
+    with torch.no_grad():
+        blind, told, twice = (replace(model, guidance=g).denoiser(people)(x, at) for g in (0.0, 1.0, 2.0))
+    assert not torch.equal(blind, told)
+    torch.testing.assert_close(twice, 2 * told - blind, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(blind[0], replace(model, guidance=0.0).denoiser(people[::-1])(x, at)[0])
 
 
 RUN_AND_DIE = """

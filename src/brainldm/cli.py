@@ -148,8 +148,8 @@ def train(
     precision: Precision = "auto",
     dry_run: Annotated[bool, Parameter(help="Print the resolved recipe and stop.", negative="")] = False,
 ) -> None:
-    """A cohort becomes a model. RECIPE is demo, small or paper; lsgan or vaegan trains a baseline, age or sex the
-    judge's predictor."""
+    """A cohort becomes a model. RECIPE is quick, demo, small, fast or paper; lsgan or vaegan trains a baseline, age or
+    sex the judge's predictor."""
     if recipe in ("age", "sex"):
         _train_predictor(recipe, data, out, steps=steps, minutes=minutes, device=device, precision=precision)
         return
@@ -244,6 +244,9 @@ def generate(
         Parameter(help="unipc, dpm++ or heun (few steps); ddim, ddim-original or ddpm (as published)."),
     ] = "unipc",
     steps: Annotated[int | None, Parameter(help="Sampling steps, instead of the sampler's own number.")] = None,
+    guidance: Annotated[
+        float, Parameter(help="Above 1, what is asked is exaggerated; for models trained for it (see info).")
+    ] = 1.0,
     batch: Annotated[int | None, Parameter(help="Brains sampled together (default: 4, with --exact 1).")] = None,
     dtype: Annotated[Literal["int16", "uint8", "float32"], Parameter(help="How voxels (0..1) are stored.")] = "int16",
     as_bundle: Annotated[
@@ -303,6 +306,7 @@ def generate(
         dtype="uint8_unit" if as_bundle else _DTYPES[dtype],
         as_bundle=as_bundle,
         gate=gate,
+        guidance=guidance,
     )
     ready = start(
         model,

@@ -6,6 +6,7 @@ interrupted run that is taken up again does the same arithmetic as one that neve
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class GenerateSettings:
     dtype: Dtype = "int16_unit"
     as_bundle: bool = False
     gate: bool = False  # reject images unlike the training people's in the figures of cohort/quality.py
+    guidance: float = 1.0  # above 1: what is asked is exaggerated (Ho & Salimans 2022)
     same_noise: bool = False  # every row starts from row 0's noise: figures in which only what is asked differs
 
 
@@ -113,6 +115,7 @@ def check_settings(description: LatentDiffusionDescription | GanDescription, set
     sampler = sampler_named(settings.sampler)
     if settings.batch < 1:
         raise UsageError(f"a batch of {settings.batch} was asked for.", remedy="Ask for at least 1.")
+    _check_guidance(description, settings.guidance)
     if isinstance(description, GanDescription):
         if settings.sampler != DEFAULT_SAMPLER or settings.steps is not None:
             raise UsageError(
@@ -127,6 +130,16 @@ def check_settings(description: LatentDiffusionDescription | GanDescription, set
     _written_grid(description.grid.build(), settings)
     if settings.gate:
         _population(description)
+
+
+def _check_guidance(description: LatentDiffusionDescription | GanDescription, guidance: float) -> None:
+    if not (math.isfinite(guidance) and guidance >= 0):
+        raise UsageError(f"a guidance of {guidance:g} was asked for.", remedy="Ask for 0 or more; 1 is none.")
+    if guidance != 1 and not description.covariates.dropout:
+        raise UsageError(
+            "this model was never trained without its covariates, so it cannot be guided.",
+            remedy="Leave --guidance out, or train with a condition_dropout above 0.",
+        )
 
 
 def _passes(description: LatentDiffusionDescription | GanDescription, settings: GenerateSettings) -> int:
@@ -181,10 +194,13 @@ def _facts(model: LatentDiffusion | GanModel, settings: GenerateSettings, n: int
         "dtype": settings.dtype,
         "as_bundle": settings.as_bundle,
         "gate": settings.gate,
+        "guidance": settings.guidance,
         "same_noise": settings.same_noise,
     }
 
 
+# What a dataset of an earlier version was made with, where it does not say.
+_BEFORE = {"guidance": 1.0}
 # May differ between the runs that make one dataset: they change at most the last bits of an image, never its noise.
 _MAY_DIFFER = ("software", "threads")
 
@@ -201,7 +217,7 @@ def _record_or_compare(out: Path, facts: dict[str, Any], rows: list[PlanRow]) ->
     different = [
         f"{name}: {recorded.get(name)!r} there, {value!r} now"
         for name, value in facts.items()
-        if name not in _MAY_DIFFER and recorded.get(name) != value
+        if name not in _MAY_DIFFER and recorded.get(name, _BEFORE.get(name)) != value
     ]
     plan = out / "plan.tsv"
     if not different and not plan.exists():

@@ -36,6 +36,8 @@ class Ready:
 
     def load(self) -> LatentDiffusion | GanModel:
         model = load_model(self.model, self.device, precision=self.precision, memory=self.memory)
+        if isinstance(model, LatentDiffusion):
+            model = replace(model, guidance=self.settings.guidance)
         if self.compiles and isinstance(model, LatentDiffusion):
             return replace(model, unet=torch.compile(model.unet))  # type: ignore[arg-type]
         return model
@@ -84,7 +86,13 @@ def start(
             if batch == batches[-1]:
                 raise
     seconds = estimate_seconds(
-        description, images=len(rows), sampler=settings.sampler, steps=steps, device=where, precision=chosen
+        description,
+        images=len(rows),
+        sampler=settings.sampler,
+        steps=steps,
+        device=where,
+        precision=chosen,
+        calls_a_step=1 if settings.guidance == 1 else 2,
     )
     together = f", {batch} at a time" if len(rows) > 1 else ""
     say(

@@ -13,17 +13,18 @@ from brainldm.base.errors import UsageError
 if TYPE_CHECKING:
     from brainldm.train.config import Recipe
 
-NAMES = ("quick", "demo", "small", "paper")
+NAMES = ("quick", "demo", "small", "fast", "paper")
 
 
 def recipe_named(name: str) -> Recipe:
     """The recipe of that name."""
-    from brainldm.recipes import demo, paper, quick, small
+    from brainldm.recipes import demo, fast, paper, quick, small
 
     makers: dict[str, Callable[[], Recipe]] = {
         "quick": quick.quick,
         "demo": demo.demo,
         "small": small.small,
+        "fast": fast.fast,
         "paper": paper.paper,
     }
     if name not in makers:

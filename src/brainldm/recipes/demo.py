@@ -9,7 +9,7 @@ from brainldm.train.config import Augmentation, AutoencoderStageConfig, Diffusio
 def demo() -> Recipe:
     """A latent diffusion model of 2 mm images (80 x 112 x 80) that trains on two cores: latent 8 x 10 x 14 x 10.
 
-        brainldm phantom PHANTOMS --n 513 --grid 2mm --seed 1 --workers 2
+        brainldm phantom PHANTOMS --n 360 --grid 2mm --seed 1 --workers 2
         brainldm prepare PHANTOMS COHORT --grid 2mm --workers 2
         brainldm train demo --data COHORT --out RUN
 
@@ -22,7 +22,7 @@ def demo() -> Recipe:
         name="demo",
         autoencoder=AutoencoderStageConfig(
             net=AutoencoderConfig(channels=(48, 64), res_blocks=1, norm_groups=8, latent_channels=8, fold=4),
-            steps=4500,
+            steps=3000,
             batch=1,
             learning_rate=1.5e-3,
             warmup_steps=50,
@@ -39,7 +39,7 @@ def demo() -> Recipe:
             head_channels=(0, 64),
             norm_groups=16,
             res_blocks=1,
-            steps=5000,
+            steps=2600,
             batch=6,
             learning_rate=1e-3,
             warmup_steps=100,

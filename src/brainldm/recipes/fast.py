@@ -1,0 +1,65 @@
+"""The paper's task at a fraction of its cost."""
+
+from __future__ import annotations
+
+from brainldm.nets.autoencoder import AutoencoderConfig
+from brainldm.train.config import Augmentation, AutoencoderStageConfig, DiffusionStageConfig, Recipe
+
+
+def fast() -> Recipe:
+    """A latent diffusion model of 1 mm images (160 x 224 x 160) that makes a brain in seconds on a CPU.
+
+        brainldm train fast --data COHORT --out RUN
+        brainldm generate RUN OUT --steps 10
+
+    4 x 4 x 4 voxels are folded into channels before the first convolution, so that none runs at full resolution; the
+    latent is the paper's grid with 8 channels instead of 3 (8 x 20 x 28 x 20, 64-fold compression against its 213).
+    Rectified flow on what the population's mean leaves, timesteps drawn from the middle, covariates equalised and told
+    to every block, dropped one time in ten for guidance. No flips: people are not symmetric.
+
+    Cost: about 90 GFLOP a network call and 70 a decode, where the paper's take 1700 and 15,000; `brainldm generate
+    --dry-run` tells the seconds on your machine. Untrained so far: nobody has shown its scores.
+    """
+    changes = Augmentation(affine_probability=0.1, shift_probability=0.1, gamma_probability=0.1)
+    return Recipe(
+        name="fast",
+        autoencoder=AutoencoderStageConfig(
+            net=AutoencoderConfig(channels=(32, 96), res_blocks=2, norm_groups=16, latent_channels=8, fold=4),
+            steps=300_000,
+            batch=2,
+            learning_rate=2e-4,
+            warmup_steps=500,
+            cosine_decay=True,
+            gradient_clip=1.0,
+            kl_weight=1e-7,
+            perceptual_weight=0.002,
+            adversarial_weight=0.005,
+            adversarial_from_step=50_000,
+            discriminator_channels=64,
+            augmentation=changes,
+        ),
+        diffusion=DiffusionStageConfig(
+            channels=(80, 160, 320),
+            attention=(False, True, True),
+            head_channels=(0, 80, 80),
+            res_blocks=1,
+            norm_groups=16,
+            steps=300_000,
+            batch=16,
+            learning_rate=3e-4,
+            warmup_steps=1000,
+            cosine_decay=True,
+            gradient_clip=1.0,
+            ema_decay=0.9995,
+            target="flow",
+            schedule="rectified",
+            timestep_draw="logit_normal",
+            latent_population=True,
+            latent_views=4,
+            augmentation=changes,
+            covariate_scaling="equalised",
+            covariates_in_time=True,
+            condition_dropout=0.1,
+        ),
+        checkpoint_minutes=15.0,
+    )
