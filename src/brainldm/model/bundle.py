@@ -154,6 +154,8 @@ def _untold(model: LatentDiffusion) -> str:
     ]
     if autoencoder.fold != 1:
         return f"its autoencoder folds {autoencoder.fold} voxels along each axis into channels"
+    if autoencoder.registered_XYZ is not None:
+        return "its autoencoder knows the places of registered images"
     if norms != {(AutoencoderConfig().norm_groups, AutoencoderConfig().norm_eps)}:
         return f"its norms have (groups, epsilon) {', '.join(map(str, sorted(norms)))}"
     if heads:

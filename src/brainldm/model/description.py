@@ -54,6 +54,7 @@ class AutoencoderDescription(Strict):
     norm_groups: int = 32
     norm_eps: float = 1e-6
     fold: int = 1
+    registered_XYZ: tuple[int, int, int] | None = None
 
     def build(self) -> AutoencoderConfig:
         return AutoencoderConfig(**self.model_dump())

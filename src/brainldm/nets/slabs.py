@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from brainldm.nets.autoencoder import Autoencoder, ResidualBlock, Upsample
+from brainldm.nets.autoencoder import Autoencoder, PlaceFeatures, ResidualBlock, Upsample
 from brainldm.nets.blocks import Convolution, at_full_precision, unfold
 
 Slabs = list[torch.Tensor]  # each (1, C, x, Y, Z), channels last
@@ -33,12 +33,15 @@ def decode_in_slabs(autoencoder: Autoencoder, latent_BCXYZ: torch.Tensor, slab_b
     assert isinstance(norm, nn.GroupNorm)
     normed = _haloed(_drained(slabs), _Normalise(slabs, norm, then_silu=False))
     image = [at_full_precision(last, slab, haloed=True).float() for slab in normed]
-    return unfold(torch.cat(image, dim=2), autoencoder.config.fold)
+    return autoencoder.with_mean(unfold(torch.cat(image, dim=2), autoencoder.config.fold))
 
 
 def _through(block: nn.Module, slabs: Slabs, slab_bytes: int) -> Slabs:
     if isinstance(block, ResidualBlock):
         return _through_residual(block, slabs)
+    if isinstance(block, PlaceFeatures):
+        parts = block.features.split([slab.shape[2] for slab in slabs], dim=2)
+        return [slab + part for slab, part in zip(_drained(slabs), parts)]
     if isinstance(block, Upsample):
         # A plane becomes two of four times the size, so slabs are cut before they are doubled.
         cut = (part for slab in _drained(slabs) for part in _cut(slab, slab_bytes // 8))

@@ -21,7 +21,9 @@ def demo() -> Recipe:
     return Recipe(
         name="demo",
         autoencoder=AutoencoderStageConfig(
-            net=AutoencoderConfig(channels=(48, 64), res_blocks=1, norm_groups=8, latent_channels=8, fold=4),
+            net=AutoencoderConfig(
+                channels=(48, 64), res_blocks=1, norm_groups=8, latent_channels=8, fold=4, registered_XYZ=(80, 112, 80)
+            ),
             steps=3000,
             batch=1,
             learning_rate=1.5e-3,

@@ -27,6 +27,18 @@ from brainldm.train.perceptual import RandomFeatures
 from brainldm.train.pictures import save_rows
 
 
+_PEOPLE_FOR_THE_MEAN = 200
+
+
+def mean_image(people: VolumeDataset) -> np.ndarray:
+    """The mean of the first 200 images, float32: enough for a mean, and minutes less than of 30,000."""
+    count = min(len(people), _PEOPLE_FOR_THE_MEAN)
+    total = np.zeros(people.grid.shape_XYZ, np.float64)
+    for index in range(count):
+        total += people.image_XYZ(index)
+    return (total / count).astype(np.float32)
+
+
 class AutoencoderStage:
     """The autoencoder, its discriminator, and how one step trains both."""
 
@@ -48,8 +60,11 @@ class AutoencoderStage:
         layout = torch.channels_last_3d
         torch.manual_seed(int(stream(seed, "autoencoder-weights").integers(2**31)))  # torch's initialisers read it
         self.autoencoder = Autoencoder(config.net, checkpointing=config.checkpointing)
+        if config.net.registered_XYZ is not None:
+            self.autoencoder.mean_image.data[0, 0] = torch.from_numpy(mean_image(train))
         self.autoencoder.to(device=device, memory_format=layout)  # type: ignore[call-overload]
-        self.optimiser = torch.optim.Adam(self.autoencoder.parameters(), lr=config.learning_rate, fused=True)
+        trained = [p for p in self.autoencoder.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.Adam(trained, lr=config.learning_rate, fused=True)
         self.discriminator: torch.nn.Module | None = None
         if config.adversarial_weight > 0:
             self.discriminator = patch_discriminator(config.discriminator_channels, config.discriminator_layers)
