@@ -7,7 +7,7 @@ from brainldm.train.config import Augmentation, AutoencoderStageConfig, Diffusio
 
 
 def demo() -> Recipe:
-    """A latent diffusion model of 2 mm images (80 x 112 x 80) that trains on two cores: latent 8 x 10 x 14 x 10.
+    """A latent diffusion model of 2 mm images (80 x 112 x 80) that trains on two cores: latent 16 x 10 x 14 x 10.
 
         brainldm phantom PHANTOMS --n 360 --grid 2mm --seed 1 --workers 2
         brainldm prepare PHANTOMS COHORT --grid 2mm --workers 2
@@ -22,15 +22,16 @@ def demo() -> Recipe:
         name="demo",
         autoencoder=AutoencoderStageConfig(
             net=AutoencoderConfig(
-                channels=(48, 64), res_blocks=1, norm_groups=8, latent_channels=8, fold=4, registered_XYZ=(80, 112, 80)
+                channels=(48, 64), res_blocks=1, norm_groups=8, latent_channels=16, fold=4, registered_XYZ=(80, 112, 80)
             ),
-            steps=3000,
+            steps=2600,
             batch=1,
             learning_rate=1.5e-3,
             warmup_steps=50,
             cosine_decay=True,
             gradient_clip=1.0,
-            kl_weight=1e-7,
+            kl_weight=1e-8,
+            initial_log_variance=-5.0,
             perceptual_weight=0.0,
             adversarial_weight=0.0,
             augmentation=flips,

@@ -60,6 +60,10 @@ class AutoencoderStage:
         layout = torch.channels_last_3d
         torch.manual_seed(int(stream(seed, "autoencoder-weights").integers(2**31)))  # torch's initialisers read it
         self.autoencoder = Autoencoder(config.net, checkpointing=config.checkpointing)
+        if config.initial_log_variance:
+            bias = self.autoencoder.quant_conv_log_sigma.conv.bias
+            assert bias is not None
+            torch.nn.init.constant_(bias, config.initial_log_variance)
         if config.net.registered_XYZ is not None:
             self.autoencoder.mean_image.data[0, 0] = torch.from_numpy(mean_image(train))
         self.autoencoder.to(device=device, memory_format=layout)  # type: ignore[call-overload]

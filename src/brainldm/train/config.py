@@ -45,6 +45,9 @@ class AutoencoderStageConfig:
     cosine_decay: bool = False
     gradient_clip: float = 1.0
     kl_weight: float = 1e-8
+    # The encoder's log-variance at first. At 0 it begins by drowning its own signal in noise of the same size, and hardly
+    # learns for the first thousands of steps; with less noise it begins as a plain autoencoder.
+    initial_log_variance: float = 0.0
     perceptual_weight: float = 0.002
     adversarial_weight: float = 0.005
     adversarial_from_step: int = 0
