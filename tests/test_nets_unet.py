@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from brainldm.nets.blocks import fold, unfold
 from brainldm.nets.unet import DiffusionUNet, UNetConfig, timestep_embedding, with_covariates
 
 SMALL = UNetConfig(channels=(8, 16, 24), head_channels=(0, 16, 24), norm_groups=4)
@@ -202,3 +203,18 @@ def test_bfloat16_is_close_to_float32_forward_and_backward() -> None:
 def test_a_wrong_config_is_refused_with_the_value_and_the_rule(wrong: dict, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         UNetConfig(**wrong)
+
+
+def test_folding_moves_voxels_into_channels_and_back() -> None:
+    """One network on a folded latent is the unfolded network on the folded tensor."""
+    config = replace(TWO_LEVELS, in_channels=3, out_channels=2, fold=2)
+    folded = build(config)
+    plain = build(replace(config, in_channels=24, out_channels=16, fold=1))
+    plain.load_state_dict(folded.state_dict())
+    x, context = draw(1, 3, 8, 12, 8), draw(1, 1, config.context_features, seed=1)
+    with torch.no_grad():
+        found = folded(x, torch.tensor([5]), context)
+        expected = unfold(plain(fold(x, 2), torch.tensor([5]), context), 2)
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match=f"divisible by {config.downsampling}"):
+        folded(draw(1, 3, 6, 12, 8), torch.tensor([5]), context)

@@ -166,7 +166,12 @@ def _untold(model: LatentDiffusion) -> str:
         return f"it predicts {description.target} instead of the noise"
     if description.schedule != ScheduleDescription():
         return "it has a noise schedule of its own"
-    if description.latent.by_population or unet.covariates_in_time or description.covariates.scaling != "min_max":
+    if (
+        description.latent.by_population
+        or unet.covariates_in_time
+        or unet.fold != 1
+        or description.covariates.scaling != "min_max"
+    ):
         return "its latents or its covariates reach the U-Net in a way of its own"
     return ""
 

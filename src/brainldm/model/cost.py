@@ -80,7 +80,8 @@ def estimate_seconds(
 
 def convolution_speed(description: LatentDiffusionDescription, device: torch.device, precision: str) -> float:
     """Operations a second of a 3 x 3 x 3 convolution of the U-Net's first level: the best of three."""
-    width, shape_XYZ = description.unet.channels[0], description.latent.shape_CXYZ[1:]
+    width, fold = description.unet.channels[0], description.unet.fold
+    shape_XYZ = [n // fold for n in description.latent.shape_CXYZ[1:]]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((1, width, *shape_XYZ), generator=generator).to(device)
     x = x.contiguous(memory_format=torch.channels_last_3d)

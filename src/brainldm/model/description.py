@@ -71,6 +71,7 @@ class UNetDescription(Strict):
     norm_groups: int = 32
     norm_eps: float = 1e-6
     covariates_in_time: bool = False
+    fold: int = 1
 
     def build(self) -> UNetConfig:
         return UNetConfig(**self.model_dump())

@@ -114,9 +114,9 @@ def unet_map_bytes(config: UNetConfig, latent_XYZ: tuple[int, ...]) -> int:
     """Feature maps that one row holds at most in a call, float32: all skips, and six of the widest where they join."""
     total = 0
     for level, width in enumerate(config.channels):
-        voxels = _voxels(latent_XYZ) // 8**level
+        voxels = _voxels(latent_XYZ) // config.fold**3 // 8**level
         total += (config.res_blocks + 1) * width * voxels
-    widest = 2 * config.channels[0] * _voxels(latent_XYZ)
+    widest = 2 * config.channels[0] * _voxels(latent_XYZ) // config.fold**3
     return 4 * (total + 6 * widest)
 
 

@@ -22,6 +22,7 @@ from brainldm.nets.blocks import (
     check_widths,
     fold,
     unfold,
+    zeroed,
 )
 
 # The encoder's log-variance is held in this range (Rombach et al. 2022).
@@ -221,6 +222,7 @@ class Autoencoder(nn.Module):
         if config.registered_XYZ is not None:
             nothing = torch.zeros(1, config.in_channels, *config.registered_XYZ)
             self.mean_image = nn.Parameter(nothing, requires_grad=False)  # set from the training people, not trained
+            zeroed(self.decoder.blocks[-1])  # the first reconstruction is the mean image
 
     @property
     def exact_parts(self) -> tuple[nn.Module, ...]:

@@ -24,7 +24,9 @@ from brainldm.nets.blocks import (
     check_divisible,
     check_widths,
     double_by_nearest,
+    fold,
     halve_by_mean,
+    unfold,
     zeroed,
 )
 
@@ -36,8 +38,9 @@ class UNetConfig:
     """Widths of a U-Net, one entry a level in `channels`, `attention` and `head_channels`.
 
     `in_channels` counts the latent channels and the covariates; `head_channels` is the width of one attention head
-    (the paper has one head, so the level's width) and is read only where `attention` is on. `covariates_in_time` is not
-    the paper's: the covariates are told a third time, to every residual block, beside the timestep.
+    (the paper has one head, so the level's width) and is read only where `attention` is on. `covariates_in_time` and
+    `fold` are not the paper's: the covariates are told a third time, to every residual block, beside the timestep; and
+    fold^3 voxels of the latent become channels before the first convolution, and voxels again after the last.
     """
 
     in_channels: int = 7
@@ -50,6 +53,7 @@ class UNetConfig:
     norm_groups: int = 32
     norm_eps: float = 1e-6
     covariates_in_time: bool = False
+    fold: int = 1
 
     def __post_init__(self) -> None:
         for name in ("channels", "attention", "head_channels"):
@@ -65,6 +69,7 @@ class UNetConfig:
             out_channels=self.out_channels,
             res_blocks=self.res_blocks,
             context_features=self.context_features,
+            fold=self.fold,
         )
         for level, (width, head) in enumerate(zip(self.channels, self.head_channels)):
             if self.attends(level) and (head < 1 or width % head):
@@ -76,7 +81,7 @@ class UNetConfig:
     @property
     def downsampling(self) -> int:
         """What the sides of a latent must be divisible by."""
-        return int(2 ** (len(self.channels) - 1))
+        return int(self.fold * 2 ** (len(self.channels) - 1))
 
     def attends(self, level: int) -> bool:
         """Whether a head width is needed there: where `attention` is on, and in the middle, which always attends."""
@@ -197,7 +202,7 @@ class DiffusionUNet(nn.Module):
         time = 4 * widths[0]
         heads = [head if on else None for on, head in zip(config.attention, config.head_channels)]
 
-        self.conv_in = Convolution(config.in_channels, widths[0])
+        self.conv_in = Convolution(config.in_channels * config.fold**3, widths[0])
         self.time_embed = nn.Sequential(nn.Linear(widths[0], time), nn.SiLU(), nn.Linear(time, time))
         if config.covariates_in_time:
             self.covariate_embed = nn.Sequential(
@@ -230,7 +235,7 @@ class DiffusionUNet(nn.Module):
                 up.upsampler = ResidualBlock(width, width, time, config, resample=double_by_nearest)
             self.up_blocks.append(up)
 
-        final = zeroed(Convolution(widths[0], config.out_channels))
+        final = zeroed(Convolution(widths[0], config.out_channels * config.fold**3))
         self.out = nn.Sequential(nn.GroupNorm(config.norm_groups, widths[0], config.norm_eps), nn.SiLU(), final)
 
     @property
@@ -247,7 +252,7 @@ class DiffusionUNet(nn.Module):
         time_BF = self.time_embed(timestep_embedding(timesteps_B, self.config.channels[0]).to(x_BCXYZ.dtype))
         if self.config.covariates_in_time:
             time_BF = time_BF + self.covariate_embed(context_BNF[:, 0])
-        h = self.conv_in(x_BCXYZ.contiguous(memory_format=torch.channels_last_3d))
+        h = self.conv_in(fold(x_BCXYZ, self.config.fold).contiguous(memory_format=torch.channels_last_3d))
         handed = [h]
         for level in _levels(self.down_blocks):
             for number in range(level.blocks):
@@ -264,7 +269,7 @@ class DiffusionUNet(nn.Module):
             if level.resampler is not None:
                 h = self._run(level.resampler, h, time_BF)
         norm, _, convolution = self.out
-        return at_full_precision(convolution, activated(norm, h))
+        return unfold(at_full_precision(convolution, activated(norm, h)), self.config.fold)
 
     def _run(self, block: Callable[..., torch.Tensor], *inputs: object) -> torch.Tensor:
         if self.checkpointing and torch.is_grad_enabled():

@@ -7,22 +7,23 @@ from brainldm.train.config import Augmentation, AutoencoderStageConfig, Diffusio
 
 
 def demo() -> Recipe:
-    """A latent diffusion model of 2 mm images (80 x 112 x 80) that trains on two cores: latent 16 x 10 x 14 x 10.
+    """A latent diffusion model of 2 mm images (80 x 112 x 80) that trains on two cores: latent 4 x 20 x 28 x 20.
 
         brainldm phantom PHANTOMS --n 360 --grid 2mm --seed 1 --workers 2
         brainldm prepare PHANTOMS COHORT --grid 2mm --workers 2
         brainldm train demo --data COHORT --out RUN
 
     That made the shipped model; its card says how long it took and what it scores. No convolution runs at full
-    resolution (4 x 4 x 4 voxels are folded into channels), and the U-Net works on what the population's mean brain for
-    the given covariates leaves. Images are flipped, which is right for phantoms alone: their template is symmetric.
+    resolution: the autoencoder folds 4 x 4 x 4 voxels into channels and the U-Net 2 x 2 x 2 of the latent's. The
+    autoencoder begins at the mean image, the U-Net at the population's mean latent for the given covariates. Images are
+    flipped, which is right for phantoms alone: their template is symmetric.
     """
     flips = Augmentation(flip_probability=0.5)
     return Recipe(
         name="demo",
         autoencoder=AutoencoderStageConfig(
             net=AutoencoderConfig(
-                channels=(48, 64), res_blocks=1, norm_groups=8, latent_channels=16, fold=4, registered_XYZ=(80, 112, 80)
+                channels=(64,), res_blocks=1, norm_groups=8, latent_channels=4, fold=4, registered_XYZ=(80, 112, 80)
             ),
             steps=2600,
             batch=1,
@@ -57,6 +58,7 @@ def demo() -> Recipe:
             augmentation=Augmentation(flip_probability=1.0),
             covariate_scaling="equalised",
             covariates_in_time=True,
+            fold=2,
         ),
         checkpoint_minutes=3.0,
     )

@@ -26,7 +26,6 @@ from brainldm.train.loop import learning_rate_factor
 from brainldm.train.perceptual import RandomFeatures
 from brainldm.train.pictures import save_rows
 
-
 _PEOPLE_FOR_THE_MEAN = 200
 
 

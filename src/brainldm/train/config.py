@@ -45,8 +45,8 @@ class AutoencoderStageConfig:
     cosine_decay: bool = False
     gradient_clip: float = 1.0
     kl_weight: float = 1e-8
-    # The encoder's log-variance at first. At 0 it begins by drowning its own signal in noise of the same size, and hardly
-    # learns for the first thousands of steps; with less noise it begins as a plain autoencoder.
+    # The encoder's log-variance at first. At 0 (torch's own) it begins with noise as large as its signal; with less it
+    # begins as a plain autoencoder.
     initial_log_variance: float = 0.0
     perceptual_weight: float = 0.002
     adversarial_weight: float = 0.005
@@ -88,6 +88,7 @@ class DiffusionStageConfig:
     augmentation: Augmentation = NO_AUGMENTATION
     covariate_scaling: Literal["min_max", "equalised"] = "min_max"
     covariates_in_time: bool = False
+    fold: int = 1  # latent voxels along each axis that become channels of the U-Net
     condition_dropout: float = 0.0  # how often nothing is told, which guidance needs (Ho & Salimans 2022)
     checkpointing: bool = False
 

@@ -43,6 +43,7 @@ def unet_config(config: DiffusionStageConfig, latent_channels: int) -> UNetConfi
         context_features=len(COVARIATES),
         norm_groups=config.norm_groups,
         covariates_in_time=config.covariates_in_time,
+        fold=config.fold,
     )
 
 

@@ -118,7 +118,7 @@ class _Run:
         progress: Progress,
     ) -> None:
         self.recipe, self.cohort, self.out, self.device, self.progress = recipe, cohort, out, device, progress
-        downsampling = recipe.autoencoder.net.downsampling * 2 ** (len(recipe.diffusion.channels) - 1)
+        downsampling = recipe.autoencoder.net.downsampling * _unet_downsampling(recipe)
         smallest_side = min(cohort.grid.shape_XYZ) // downsampling
         self.precision = choose_precision(precision, device, trained_side=smallest_side)
         self.train = VolumeDataset(cohort, "train")
@@ -129,8 +129,7 @@ class _Run:
     def check_and_record(self) -> None:
         """Refuses what cannot be trained, then records the run, or compares it with the one recorded here."""
         check_trainable(self.train, self.recipe.autoencoder.batch)
-        halvings = len(self.recipe.diffusion.channels) - 1
-        downsampling = self.recipe.autoencoder.net.downsampling * 2**halvings
+        downsampling = self.recipe.autoencoder.net.downsampling * _unet_downsampling(self.recipe)
         if any(n % downsampling for n in self.cohort.grid.shape_XYZ):
             raise UsageError(
                 f"the grid {self.cohort.grid.shape_XYZ} is not divisible by {downsampling}, what the autoencoder and "
@@ -286,6 +285,11 @@ class _Run:
             licence=self.cohort.licence,
             weights={},
         )
+
+
+def _unet_downsampling(recipe: Recipe) -> int:
+    """What the U-Net divides the sides of a latent by at its coarsest."""
+    return int(recipe.diffusion.fold * 2 ** (len(recipe.diffusion.channels) - 1))
 
 
 def quality_of(people: VolumeDataset) -> dict[str, Any] | None:
