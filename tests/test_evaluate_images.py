@@ -12,7 +12,7 @@ from brainldm.base.files import write_json, write_text
 from brainldm.base.manifest import Manifest
 from brainldm.base.nifti import read_nifti, write_nifti
 from brainldm.base.volume import GRIDS, Grid, Volume
-from brainldm.evaluate.examine import to_unit
+from brainldm.cohort.normalise import to_unit
 from brainldm.evaluate.grids import JudgingGrid, grid_of_file, judging_grid, on_grid
 from brainldm.evaluate.images import open_images
 from judged_folders import TINY, blob, write_cohort, write_synthetic
