@@ -214,12 +214,12 @@ def _any_folder(folder: Path) -> ImageFolder:
     if (folder / "participants.tsv").exists():
         people = read_table(folder / "participants.tsv")
         people.require("participant_id")
-        row_of = {_bare(cells["participant_id"]): row for row, cells in enumerate(people.rows)}
+        row_of = {bare(cells["participant_id"]): row for row, cells in enumerate(people.rows)}
     images = []
-    images_of = Counter(map(_subject_of, chosen))
+    images_of = Counter(map(subject_of, chosen))
     for file in chosen:
-        subject = _subject_of(file)
-        row = row_of.get(_bare(subject))
+        subject = subject_of(file)
+        row = row_of.get(bare(subject))
         covariates: dict[str, float] = {}
         sex = split = extrapolated = None
         if people is not None and row is not None:
@@ -262,7 +262,7 @@ def _stem(file: str) -> str:
     return name[: -len(".nii.gz")] if name.lower().endswith(".nii.gz") else name[: -len(".nii")]
 
 
-def _subject_of(file: str) -> str:
+def subject_of(file: str) -> str:
     """The BIDS subject of a file (sub-X), or its name without the suffix where it has none."""
     first = _stem(file).split("_")[0]
     if first.startswith("sub-"):
@@ -270,7 +270,8 @@ def _subject_of(file: str) -> str:
     return next((part for part in PurePosixPath(file).parts if part.startswith("sub-")), _stem(file))
 
 
-def _bare(participant_id: str) -> str:
+def bare(participant_id: str) -> str:
+    """A participant's name without the sub- that some tables leave out."""
     return participant_id.removeprefix("sub-")
 
 
