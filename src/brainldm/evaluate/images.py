@@ -228,7 +228,8 @@ def _any_folder(folder: Path) -> ImageFolder:
             split, extrapolated = people.rows[row].get("split") or None, _extrapolated(people, row)
         # A subject with one image is called by its name, one with several (sessions, runs) by the path of each.
         name = subject if images_of[subject] == 1 else (PurePosixPath(file).parent / _stem(file)).as_posix()
-        images.append(JudgedImage(name, folder / file, file, covariates, sex, extrapolated, split))
+        path = folder / file
+        images.append(JudgedImage(_writable(name), path, _writable(file), covariates, sex, extrapolated, split))
     if people is not None:
         unmatched = sum(not image.covariates and image.sex is None for image in images)
         if unmatched:
@@ -268,6 +269,11 @@ def subject_of(file: str) -> str:
     if first.startswith("sub-"):
         return first
     return next((part for part in PurePosixPath(file).parts if part.startswith("sub-")), _stem(file))
+
+
+def _writable(name: str) -> str:
+    """A file's name as text: bytes that are no UTF-8, which Linux allows in names, become escapes."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def bare(participant_id: str) -> str:
