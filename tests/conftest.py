@@ -36,6 +36,7 @@ def real_data() -> Path:
 
 
 TINY_SHAPE_XYZ = (16, 24, 16)
+TINY_GRID = Grid("tiny", TINY_SHAPE_XYZ, 8.0, (-64.0, -96.0, -64.0))
 
 
 @pytest.fixture(scope="session")
@@ -46,9 +47,8 @@ def tiny_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_tiny_cohort(folder: Path, people: int) -> None:
+def write_tiny_cohort(folder: Path, people: int, grid: Grid = TINY_GRID) -> None:
     """Writes such a cohort with the package's own writers, the last two people held out."""
-    grid = Grid("tiny", TINY_SHAPE_XYZ, 8.0, (-64.0, -96.0, -64.0))
     x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in grid.shape_XYZ), indexing="ij")
     radius = np.sqrt(x**2 + y**2 + z**2)
     rows, manifest = [], Manifest(folder / "manifest.jsonl")

@@ -75,8 +75,19 @@ def test_rows_are_kept_and_a_torn_one_is_made_again(tmp_path: Path) -> None:
     assert (again[::-1][:2] == first).all()
     mirrored = extract(looks, "synthetic", counted, mirrored=True, workers=1, progress=Quiet())
     assert len(calls) == 4 and not np.allclose(mirrored, again[::-1])
-    other_grid = FeatureStore(tmp_path / "features", SPACE, JudgingGrid.of((7, 8, 9), TINY.affine))
-    assert other_grid.known() == {}
+    with path.open("ab") as file:
+        file.write(b"torn")
+    assert (extract(looks[:2], "synthetic", store, workers=1, progress=Quiet()) == first).all()  # nothing is added here
+
+
+def test_rows_of_another_grid_are_not_taken(tmp_path: Path) -> None:
+    grid = JudgingGrid.of(TINY.shape_XYZ, TINY.affine)
+    FeatureStore(tmp_path, SPACE, grid).append("image", np.zeros(3, dtype=np.float32))
+    assert FeatureStore(tmp_path, SPACE, grid).known() == {"image": 0}
+    elsewhere = TINY.affine.copy()
+    elsewhere[0, 3] += 8
+    for other in (JudgingGrid.of((7, 8, 9), TINY.affine), JudgingGrid.of(TINY.shape_XYZ, elsewhere)):
+        assert FeatureStore(tmp_path, SPACE, other).known() == {}
 
 
 # --------------------------------------------------------------------------------------------------------- MedicalNet
@@ -122,6 +133,13 @@ def test_a_checkpoint_of_the_published_layout_gives_2048_features(checkpoint: Pa
     assert np.allclose(features, space(0.5 * image + 0.2), atol=1e-3)  # each image is brought to mean 0, deviation 1
     signed = space_named(f"med3d-signed={checkpoint}")
     assert signed.name != space.name and not np.allclose(features, signed(image))
+
+
+def test_a_checkpoint_from_before_archives_is_read_too(tmp_path: Path, checkpoint: Path) -> None:
+    old = tmp_path / "old.pth"
+    torch.save(torch.load(checkpoint, weights_only=True), old, _use_new_zipfile_serialization=False)
+    image = blob(4e4, 0)
+    assert np.array_equal(space_named(f"med3d={old}")(image), space_named(f"med3d={checkpoint}")(image))
 
 
 def test_spaces_that_are_none_are_refused(tmp_path: Path, checkpoint: Path) -> None:

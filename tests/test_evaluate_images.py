@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from brainldm.base.errors import BadInput
 from brainldm.base.files import write_json, write_text
 from brainldm.base.manifest import Manifest
 from brainldm.base.nifti import read_nifti, write_nifti
+from brainldm.base.tables import write_table
 from brainldm.base.volume import GRIDS, Grid, Volume
-from brainldm.evaluate.examine import to_unit
+from brainldm.cohort.normalise import to_unit
 from brainldm.evaluate.grids import JudgingGrid, grid_of_file, judging_grid, on_grid
 from brainldm.evaluate.images import open_images
 from judged_folders import TINY, blob, write_cohort, write_synthetic
@@ -85,6 +87,18 @@ def test_a_flat_folder_without_a_table_is_judged_by_names(tmp_path: Path) -> Non
         "c.NII.GZ",
         "directory.nii.gz",
     ]
+
+
+def test_names_that_are_no_text_can_be_written(tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9.nii.gz")
+    try:
+        odd.write_bytes(b"")
+    except OSError:
+        pytest.skip("this file system has only names in UTF-8")
+    image = open_images(tmp_path, "real").images[0]
+    assert image.path == odd and image.path.exists()
+    assert (image.participant_id, image.file) == ("caf\\udce9", "caf\\udce9.nii.gz")
+    write_table(tmp_path / "names.tsv", ("file",), [{"file": image.file}])
 
 
 def test_what_cannot_be_judged_says_what_it_may_be(tmp_path: Path) -> None:

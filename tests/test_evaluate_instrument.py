@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from brainldm.base.errors import PartialFailure, UsageError
+from brainldm.base.errors import BadInput, PartialFailure, UsageError
 from brainldm.base.tables import read_table, write_table
 from brainldm.base.volume import Volume
 from brainldm.cohort.measure import Measured
@@ -47,6 +48,37 @@ def test_measured_against_known(tiny_cohort: Path, tmp_path: Path) -> None:
     (study / "sub-00" / "sub-00_T1w.nii.gz").write_bytes(b"no image")
     with pytest.raises(PartialFailure, match="1 of 11 scans"):
         check_instrument(study, tmp_path / "out", against="known", instrument=Sum())
+
+
+def test_what_is_no_scan_is_listed_and_the_rest_measured(tiny_cohort: Path, tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    study.mkdir()
+    scan = next(tiny_cohort.rglob("*_T1w.nii.gz"))
+    for name in ("=one", "two", "three"):
+        (study / f"{name}.nii.gz").symlink_to(scan)
+    (study / "broken.nii.gz").symlink_to("nowhere")
+    (study / "folder.nii.gz").mkdir()
+    os.mkfifo(study / "pipe.nii.gz")
+    with pytest.raises(PartialFailure, match="3 of 6 scans could not be measured; the first: broken"):
+        check_instrument(study, tmp_path / "out", instrument=Sum())
+    content = json.loads((tmp_path / "out" / "instrument.json").read_text())
+    assert content["measured"] == 3
+    assert {failure["reason"] for failure in content["failures"]} == {"broken_link", "not_a_file"}
+    names = [cells["participant_id"] for cells in read_table(tmp_path / "out" / "measured.tsv").rows]
+    assert names == ["'=one", "three", "two"]  # no spreadsheet takes it for a formula
+
+
+def test_people_are_matched_with_and_without_sub_and_by_session(tiny_cohort: Path, tmp_path: Path) -> None:
+    study, scans = tmp_path / "study", sorted(tiny_cohort.rglob("*_T1w.nii.gz"))
+    for i, name in enumerate(("sub-0_ses-1", "sub-0_ses-2", "sub-1", "sub-2")):
+        (study / name.split("_")[0]).mkdir(parents=True, exist_ok=True)
+        (study / name.split("_")[0] / f"{name}_T1w.nii.gz").symlink_to(scans[i])
+    write_table(study / "participants.tsv", ("participant_id", "v"), [{"participant_id": i, "v": i} for i in range(3)])
+    check = check_instrument(study, tmp_path / "out", against="v", instrument=Sum())
+    assert check.agreement is not None and check.agreement.bias.n == 4
+    write_table(study / "participants.tsv", ("id", "v"), [{"id": "0", "v": 1}])
+    with pytest.raises(BadInput, match="has no column 'participant_id'"):
+        check_instrument(study, tmp_path / "out", against="v", instrument=Sum())
 
 
 @pytest.mark.slow

@@ -73,6 +73,10 @@ def test_two_tables_of_anybodys(tmp_path: Path) -> None:
     table = read_table(tmp_path / "out" / "regions.tsv")
     assert [row["region"] for row in table.rows] == [region.name for region in found.regions]
     assert json.loads((tmp_path / "out" / "morphometry.json").read_text())["head"] == "head"
+    write_table(tmp_path / "one.tsv", ("who", *NAMES), [{"who": "p1", **people(1, 1)[0]}])
+    alone = compare_tables(tmp_path / "one.tsv", tmp_path / "real.tsv", tmp_path / "alone")
+    assert alone.regions[0].cohen_d.value is None and alone.regions[0].synthetic_sd is None
+    assert {row["synthetic_sd_mm3"] for row in read_table(tmp_path / "alone" / "regions.tsv").rows} == {"n/a"}
     write_table(tmp_path / "other.tsv", ("who", "insula"), [{"who": "p1", "insula": 3.0}])
     with pytest.raises(BadInput, match="regions in common"):
         compare_tables(tmp_path / "other.tsv", tmp_path / "real.tsv", tmp_path / "none")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -260,6 +260,27 @@ def test_an_instrument_that_fails_leaves_the_rest_standing(
     assert len(card.failures) == 27
     expected = "no finite number for ventricles_mm3" if below else "in a manner of speaking"
     assert all(expected in failure.message for failure in card.failures)
+
+
+@dataclass(frozen=True)
+class Doubtful(BlobMeasure):
+    """Does not believe what it finds in large ventricles."""
+
+    def __call__(self, image: Volume) -> Found:
+        found = super().__call__(image)
+        return replace(found, quality={"poor": float(found.ventricles_mm3 > 30_000)})
+
+
+def test_what_the_instrument_does_not_believe_and_small_sets_are_said(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    card = judge(*folders, tmp_path, measure=Doubtful())
+    table = read_table(tmp_path / "measured.tsv")
+    doubted = sum(float(row["quality_poor"]) for row in table.rows)
+    assert 0 < doubted < len(table)
+    said = " ".join(card.warnings)
+    assert f"{doubted:.0f} synthetic images look so unlike a brain" in said
+    assert "Frechet, all images (random): fewer images than the 1152 features" in said
 
 
 def test_without_a_reference_what_needs_none_is_judged(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -70,3 +70,12 @@ def test_a_folder_is_validated_and_too_small_a_one_refused(tmp_path: Path) -> No
         write_nifti(few / f"sub-{i}_T1w.nii.gz", np.random.default_rng(i).random(TINY.shape_XYZ), TINY.affine)
     with pytest.raises(BadInput, match="3 people who can be judged; 8 are needed"):
         validate(few, tmp_path / "none")
+
+
+def test_images_that_cannot_be_judged_are_said(tmp_path: Path) -> None:
+    people = write_cohort(tmp_path / "people", [2e4 + 3e3 * i for i in range(9)])
+    next(people.rglob("*_T1w.nii.gz")).write_bytes(b"")
+    found = validate(people, tmp_path / "out", pairs=10)
+    assert [failure.reason for failure in found.failures] == ["empty"]
+    assert "the file is empty" in found.as_text()
+    assert len(json.loads((tmp_path / "out" / "validation.json").read_text())["failures"]) == 1

@@ -13,6 +13,7 @@ import torch
 
 from brainldm.base.describe import describe
 from brainldm.base.errors import BadInput, UsageError
+from brainldm.base.volume import grid_named
 from brainldm.cohort.dataset import PreparedCohort, VolumeDataset
 from brainldm.generate.plan import make_plan
 from brainldm.generate.run import GenerateSettings, generate
@@ -23,6 +24,7 @@ from brainldm.nets.gan import GanConfig, GanDiscriminator, GanEncoder, GanGenera
 from brainldm.recipes.gan import baseline
 from brainldm.train.config import GanStageConfig
 from brainldm.train.gan_run import train_gan
+from conftest import write_tiny_cohort
 
 NET = GanConfig((16, 24, 8), (8, 16), noise_features=6, norm_groups=4)
 CONFIGS = {
@@ -120,6 +122,21 @@ def test_another_runs_folder_is_refused(run: Path, tiny_cohort: Path) -> None:
     config = replace(CONFIGS[run.name], learning_rate=1.0)  # type: ignore[index]
     with pytest.raises(UsageError, match="another run"):
         train_gan(config, tiny_cohort, run)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", ["lsgan", "vaegan"])
+def test_one_step_at_the_papers_size(kind: str, tmp_path: Path) -> None:
+    """Of the recipe as it is, and one image made by what it left: minutes and 8 GB on one core."""
+    grid = grid_named("paper")
+    write_tiny_cohort(tmp_path / "cohort", people=6, grid=grid)
+    train_gan(baseline(kind, grid.shape_XYZ), tmp_path / "cohort", tmp_path / "run", steps=1)
+    model = load_model(tmp_path / "run")
+    rows = make_plan({}, n=1, seed=0, ranges=model.ranges, joint=model.joint)
+    drawn = np.random.default_rng(0)
+    made = model.sample([rows[0].covariates], [lambda _, shape: drawn.standard_normal(shape)])
+    assert made.shape[1:] == grid.shape_XYZ and np.isfinite(made).all() and made.std() > 0
 
 
 def test_a_lsgan_learns_the_mean_brightness(tiny_cohort: Path, tmp_path: Path) -> None:

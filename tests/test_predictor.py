@@ -15,6 +15,7 @@ import torch
 
 from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.nifti import read_nifti
+from brainldm.base.volume import Volume
 from brainldm.cohort.dataset import PreparedCohort, VolumeDataset
 from brainldm.cohort.predictor import Predictor, read_predictor
 from brainldm.evaluate.estimate import area_under_curve
@@ -114,6 +115,14 @@ def test_the_judge_asks_predictors(tiny_run: Path, tiny_cohort: Path, age: Predi
     assert card.settings["predictors"]["age_years"].startswith("cole2017-age_years-")
     reference = card.row("age_years.absolute_error").reference
     assert reference is not None and reference.n == 2  # only those it has not learnt
+    with pytest.raises(UsageError, match="predicts sex, as another"):
+        evaluate_dataset(tmp_path / "brains", None, tmp_path / "two", predictors=[sex.folder, sex.folder])
+
+
+def test_another_intensity_scale_is_another_only_in_name(tiny_cohort: Path, age: Predictor) -> None:
+    image = read_nifti(next(tiny_cohort.rglob("*_T1w.nii.gz")))
+    counts = Volume(image.data_XYZ * 4095, image.affine)
+    assert age(counts).age_years == pytest.approx(age(image).age_years, abs=0.01)  # type: ignore[union-attr]
 
 
 class _Nothing:

@@ -63,6 +63,17 @@ def test_the_same_command_again_makes_nothing_anew(made: Path, tiny_cohort: Path
     assert models == {path: path.stat().st_mtime_ns for path in (made / "models").rglob("*.safetensors")}
 
 
+def test_a_time_that_an_interrupted_run_took_along_is_left_out(
+    made: Path, tiny_cohort: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    again = Path(shutil.copytree(made, tmp_path / "again"))
+    (again / "brains" / "lsgan.json").unlink()
+    models = {"ldm": tiny_run}
+    make_table1(tiny_cohort, again, models=models, minutes=0.02, n=5, pairs=6, ways=SHORT, measure=Darkness())
+    line = json.loads((again / "table1.json").read_text())["lines"][0]
+    assert line["way"] == "lsgan" and line["seconds_an_image"] is None
+
+
 def test_a_model_of_another_grid_is_refused(tiny_cohort: Path, tiny_run: Path, made: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_run / "model", tmp_path / "model")
     content = json.loads((tmp_path / "model" / "model.json").read_text())

@@ -622,6 +622,7 @@ def validate(
     workers: Workers = 1,
 ) -> None:
     """Judges the judge on real people: does it find planted copies, know a person again, call real people real?"""
+    from brainldm.base.errors import PartialFailure
     from brainldm.evaluate.validation import validate as run
 
     with _progress() as progress:
@@ -630,6 +631,8 @@ def validate(
         )
     _say(found.as_text())
     _say(f"All figures are in {out / 'validation.json'} and {out / 'real_against_real'}.")
+    if found.failures:
+        raise PartialFailure(f"{len(found.failures)} images could not be judged; see validation.json.", path=out)
 
 
 @app.command

@@ -76,7 +76,7 @@ def read_nifti(
 
 def _checked_bytes(path: Path) -> tuple[bytes, list[str]]:
     """The decompressed file, bounded in size; how it is compressed is read from its content, not its name."""
-    _check_is_regular_file(path)
+    check_is_regular_file(path)
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -90,7 +90,8 @@ def _checked_bytes(path: Path) -> tuple[bytes, list[str]]:
     return _inflate(path, content), notes
 
 
-def _check_is_regular_file(path: Path) -> None:
+def check_is_regular_file(path: Path) -> None:
+    """BadInput for what cannot be opened as a file, or would not end (a pipe); nothing is read."""
     if path.is_symlink() and not path.exists():
         raise BadInput("is a broken link.", remedy="Point it at the scan.", path=path, reason="broken_link")
     if not path.exists():

@@ -9,6 +9,8 @@ from brainldm.base.errors import BadInput
 # A scan in which so much is exactly 0 was masked: noise outside a head is hardly ever 0 after reconstruction, and
 # a brain fills less than half of its box.
 MASKED_SHARE = 0.2
+# Prepared and generated images lie in 0..1; this far outside is rounding or a decoder's overshoot, and is clipped.
+UNIT_TOLERANCE = 0.1
 
 
 def is_masked(data_XYZ: np.ndarray) -> bool:
@@ -47,3 +49,12 @@ def unit_range(data_XYZ: np.ndarray, *, percentile: float | None = None) -> np.n
             reason="constant",
         )
     return np.clip((data_XYZ - low) / np.float32(high - low), 0, 1)
+
+
+def to_unit(data_XYZ: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Intensities in 0..1 and whether they had to be scaled: what lies in 0..1 already (up to the tolerance, clipped)
+    is taken as it is, anything else is min-max scaled, which is what a prepared cohort is made by."""
+    low, high = float(data_XYZ.min()), float(data_XYZ.max())
+    if low >= -UNIT_TOLERANCE and high <= 1 + UNIT_TOLERANCE:
+        return np.clip(data_XYZ, 0, 1), False
+    return ((data_XYZ - low) / (high - low)).astype(np.float32), True

@@ -22,6 +22,7 @@ from brainldm.base.errors import BadInput
 from brainldm.base.files import atomic_path, read_json, sha256_of, write_json
 from brainldm.base.volume import Grid, Volume
 from brainldm.cohort.dataset import grid_from_json
+from brainldm.cohort.normalise import to_unit
 from brainldm.nets.cole import ColeConfig, ColeNet
 
 KIND = "brainldm predictor"
@@ -62,7 +63,7 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, image: Volume) -> PredictedAge | PredictedSex:
-        """The prediction for one image; BadInput for one on another grid."""
+        """The prediction for one image of any intensity scale; BadInput for one on another grid."""
         if image.shape_XYZ != self.grid.shape_XYZ or not np.allclose(image.affine, self.grid.affine, atol=1e-2):
             raise BadInput(
                 f"lies on another grid ({' x '.join(map(str, image.shape_XYZ))}) than {self.grid.name}, which the "
@@ -70,7 +71,8 @@ class Predictor:
                 remedy="Train one on a cohort of this grid: brainldm train age --data COHORT --out RUN.",
                 reason="grid",
             )
-        tensor = torch.from_numpy(np.ascontiguousarray(image.data_XYZ, dtype=np.float32))[None, None]
+        data_XYZ, _ = to_unit(image.data_XYZ)  # it has learnt from images in 0..1
+        tensor = torch.from_numpy(np.ascontiguousarray(data_XYZ, dtype=np.float32))[None, None]
         config = ColeConfig(self.grid.shape_XYZ, self.channels)
         number = float(_network(self.folder / _WEIGHTS, self.weights_sha256, config)(tensor)[0])
         if self.target == "sex":

@@ -47,6 +47,17 @@ def caveats(made: ImageFolder, people: ImageFolder | None, found: Findings) -> t
     if people is not None:
         said += _of_images("real", found.real)
     said += _of_a_sweep(found.synthetic)
+    for side, poor in found.hard_to_measure.items():
+        if poor:
+            said.append(
+                f"{poor} {side} image{'s look' if poor > 1 else ' looks'} so unlike a brain that the instrument does "
+                "not believe its own volumes there (quality_poor in the tables of what was measured): they are in the "
+                "rows of volumes all the same."
+            )
+    for row in found.rows:
+        figure = row.synthetic if row.key.endswith(".frechet_all") else None
+        if figure is not None and figure.value is not None and figure.reason:
+            said.append(f"{row.title}: {figure.reason}.")
     scales = len(scale_weights(found.grid.shape_XYZ))
     if 0 < scales < len(SCALE_WEIGHTS):
         said.append(

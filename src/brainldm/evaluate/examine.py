@@ -17,14 +17,13 @@ from brainldm.base.files import sha256_of
 from brainldm.base.nifti import read_nifti
 from brainldm.base.progress import Progress
 from brainldm.base.volume import Volume
+from brainldm.cohort.normalise import to_unit
 from brainldm.cohort.quality import figures_of
 from brainldm.evaluate.grids import JudgingGrid, on_grid
 from brainldm.evaluate.images import Failure, JudgedImage
 from brainldm.evaluate.pool import each
 
 HISTOGRAM_BINS = 256
-# Prepared and generated images lie in 0..1; this far outside is rounding or a decoder's overshoot, and is clipped.
-UNIT_TOLERANCE = 0.1
 # Below so many voxels, starting worker processes takes longer than reading them.
 VOXELS_WORTH_A_PROCESS = 50_000_000
 
@@ -69,15 +68,6 @@ class Examination:
     @property
     def sketches(self) -> list[Sketch]:
         return [look.sketch for look in self.images if look.sketch is not None]
-
-
-def to_unit(data_XYZ: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Intensities in 0..1 and whether they had to be scaled: what lies in 0..1 already (up to the tolerance, clipped)
-    is taken as it is, anything else is min-max scaled, which is what a prepared cohort is made by."""
-    low, high = float(data_XYZ.min()), float(data_XYZ.max())
-    if low >= -UNIT_TOLERANCE and high <= 1 + UNIT_TOLERANCE:
-        return np.clip(data_XYZ, 0, 1), False
-    return ((data_XYZ - low) / (high - low)).astype(np.float32), True
 
 
 def read_for_judging(image: JudgedImage, grid: JudgingGrid) -> np.ndarray:

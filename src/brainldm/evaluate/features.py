@@ -68,7 +68,7 @@ class FeatureStore:
         return {
             record["key"]: record["row"]
             for record in self._names.records()
-            if record.get("grid") == self.grid.describe() and (record["row"] + 1) * 4 * record["features"] <= size
+            if record.get("grid") == self.grid.key and (record["row"] + 1) * 4 * record["features"] <= size
         }
 
     def append(self, key: str, features_F: np.ndarray) -> int:
@@ -79,12 +79,13 @@ class FeatureStore:
             row = file.tell() // row_bytes
             file.truncate(row * row_bytes)  # what a killed run left of a row
             file.write(features_F.astype("<f4").tobytes())
-        self._names.append(key=key, row=row, features=len(features_F), grid=self.grid.describe())
+        self._names.append(key=key, row=row, features=len(features_F), grid=self.grid.key)
         return row
 
     def rows(self, numbers: Sequence[int], features: int) -> np.ndarray:
         """(n, F) of the rows with those numbers, in that order."""
-        held = np.memmap(self._rows_path, dtype="<f4", mode="r").reshape(-1, features)
+        whole = self._rows_path.stat().st_size // (4 * features)  # without what a killed run left of a row
+        held = np.memmap(self._rows_path, dtype="<f4", mode="r", shape=(whole, features))
         return np.asarray(held[list(numbers)], dtype=np.float32)
 
 

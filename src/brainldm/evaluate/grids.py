@@ -49,6 +49,11 @@ class JudgingGrid:
     def voxels(self) -> int:
         return int(np.prod(self.shape_XYZ))
 
+    @property
+    def key(self) -> str:
+        """Names the grid in lists on disk: shape and place, so that no other grid has the same."""
+        return f"{self.shape_XYZ} {self.affine_rows}"
+
     def coarse(self) -> JudgingGrid:
         """The same box in voxels of about 4 mm (a whole number of these voxels each; 4 mm or coarser stays)."""
         factors = np.maximum(1, np.rint(COARSE_MM / self.voxel_mm)).astype(int)

@@ -214,12 +214,12 @@ def _any_folder(folder: Path) -> ImageFolder:
     if (folder / "participants.tsv").exists():
         people = read_table(folder / "participants.tsv")
         people.require("participant_id")
-        row_of = {_bare(cells["participant_id"]): row for row, cells in enumerate(people.rows)}
+        row_of = {bare(cells["participant_id"]): row for row, cells in enumerate(people.rows)}
     images = []
-    images_of = Counter(map(_subject_of, chosen))
+    images_of = Counter(map(subject_of, chosen))
     for file in chosen:
-        subject = _subject_of(file)
-        row = row_of.get(_bare(subject))
+        subject = subject_of(file)
+        row = row_of.get(bare(subject))
         covariates: dict[str, float] = {}
         sex = split = extrapolated = None
         if people is not None and row is not None:
@@ -228,7 +228,8 @@ def _any_folder(folder: Path) -> ImageFolder:
             split, extrapolated = people.rows[row].get("split") or None, _extrapolated(people, row)
         # A subject with one image is called by its name, one with several (sessions, runs) by the path of each.
         name = subject if images_of[subject] == 1 else (PurePosixPath(file).parent / _stem(file)).as_posix()
-        images.append(JudgedImage(name, folder / file, file, covariates, sex, extrapolated, split))
+        path = folder / file
+        images.append(JudgedImage(_writable(name), path, _writable(file), covariates, sex, extrapolated, split))
     if people is not None:
         unmatched = sum(not image.covariates and image.sex is None for image in images)
         if unmatched:
@@ -262,7 +263,7 @@ def _stem(file: str) -> str:
     return name[: -len(".nii.gz")] if name.lower().endswith(".nii.gz") else name[: -len(".nii")]
 
 
-def _subject_of(file: str) -> str:
+def subject_of(file: str) -> str:
     """The BIDS subject of a file (sub-X), or its name without the suffix where it has none."""
     first = _stem(file).split("_")[0]
     if first.startswith("sub-"):
@@ -270,7 +271,13 @@ def _subject_of(file: str) -> str:
     return next((part for part in PurePosixPath(file).parts if part.startswith("sub-")), _stem(file))
 
 
-def _bare(participant_id: str) -> str:
+def _writable(name: str) -> str:
+    """A file's name as text: bytes that are no UTF-8, which Linux allows in names, become escapes."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def bare(participant_id: str) -> str:
+    """A participant's name without the sub- that some tables leave out."""
     return participant_id.removeprefix("sub-")
 
 

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import brainldm
-from brainldm.base.errors import PartialFailure, UsageError
+from brainldm.base.errors import BadInput, PartialFailure, UsageError
 from brainldm.base.files import locked_folder, sha256_of, write_json
 from brainldm.base.manifest import Manifest
+from brainldm.base.nifti import check_is_regular_file
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.tables import read_table, write_table
 from brainldm.evaluate.conditioning import Agreement, agreement
 from brainldm.evaluate.examine import Examined
-from brainldm.evaluate.images import Failure, open_images
-from brainldm.evaluate.measuring import Instrument, measure
+from brainldm.evaluate.images import Failure, JudgedImage, bare, open_images, subject_of
+from brainldm.evaluate.measuring import Instrument, inert, measure
 
 
 @dataclass(frozen=True)
@@ -63,39 +64,62 @@ def check_instrument(
     folder = open_images(study, "scans")
     known = {} if against is None else _known(study, against)
     instrument = TemplateMeasure() if instrument is None else instrument
-    looks = [Examined(image, sha256_of(image.path), False, False, (), None) for image in folder.images]
+    looks, failures = [], list(folder.failures)
+    for image in folder.images:
+        try:
+            looks.append(Examined(image, _hash_of(image), False, False, (), None))
+        except BadInput as error:
+            failures.append(Failure.of("scans", image, error))
     with locked_folder(out):
         cache = Manifest(out / "measured.jsonl")
         found = measure(looks, "scans", instrument, cache, workers=workers, progress=progress)
+        failures += found.failures
         names = sorted({name for measurement in found.by_sha256.values() for name in measurement.values})
         rows: list[dict[str, Any]] = [
-            {"participant_id": look.image.participant_id, "file": look.image.file}
+            {"participant_id": inert(look.image.participant_id), "file": inert(look.image.file)}
             | {name: found.value(look, name) for name in names}
-            | ({} if against is None else {against: known.get(look.image.participant_id)})
+            | ({} if against is None else {against: _of_person(known, look.image)})
             for look in looks
         ]
         write_table(out / "measured.tsv", ["participant_id", "file", *names, *([against] if against else [])], rows)
         compared = None
         if against is not None:
             compared = agreement([row[against] for row in rows], [row.get(covariate) for row in rows])
-        check = InstrumentCheck(instrument.name, len(found.by_sha256), compared, found.failures)
+        measured = sum(look.sha256 in found.by_sha256 for look in looks)
+        check = InstrumentCheck(instrument.name, measured, compared, tuple(failures))
         content = {"software": {"brainldm": brainldm.__version__}, "covariate": covariate, "against": against}
         write_json(out / "instrument.json", content | asdict(check))
-    if found.failures:
+    if failures:
         raise PartialFailure(
-            f"{len(found.failures)} of {len(looks)} scans could not be measured; the first: "
-            f"{found.failures[0].file} {found.failures[0].message}",
+            f"{len(failures)} of {len(folder.images)} scans could not be measured; the first: "
+            f"{failures[0].file} {failures[0].message}",
+            remedy="All of them are listed in instrument.json.",
             path=out,
         )
     return check
 
 
+def _hash_of(image: JudgedImage) -> str:
+    check_is_regular_file(image.path)
+    try:
+        return sha256_of(image.path)
+    except OSError as error:
+        raise BadInput(f"cannot be read: {error.strerror}.", path=image.path, reason="unreadable") from error
+
+
+def _of_person(known: dict[str, float | None], image: JudgedImage) -> float | None:
+    """The person's value; an image of several that a person has is named by its path."""
+    return known.get(bare(image.participant_id), known.get(bare(subject_of(image.file))))
+
+
 def _known(study: Path, column: str) -> dict[str, float | None]:
+    """What the study's table holds in that column, by participant, with or without its sub-."""
     table = read_table(study / "participants.tsv")
+    table.require("participant_id")
     if column not in table.columns:
         raise UsageError(
             f"participants.tsv has no column {column!r}.",
             remedy=f"Name one of: {', '.join(table.columns)}.",
             path=study,
         )
-    return {cells["participant_id"]: table.number(row, column) for row, cells in enumerate(table.rows)}
+    return {bare(cells["participant_id"]): table.number(row, column) for row, cells in enumerate(table.rows)}

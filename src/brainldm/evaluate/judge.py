@@ -50,7 +50,7 @@ MEASURED = ("ventricles_mm3", "brain_mm3")
 @dataclass(frozen=True)
 class Findings:
     """What the steps gave. `copies` is None where there are no real images; `sampled` is how many of them were looked
-    at."""
+    at. `hard_to_measure` counts, by side, the images whose volumes the instrument itself does not believe."""
 
     grid: JudgingGrid
     synthetic: Examination
@@ -61,6 +61,7 @@ class Findings:
     failures: tuple[Failure, ...]
     seconds: Mapping[str, float]
     instrument: str
+    hard_to_measure: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -136,7 +137,16 @@ class Judge:
         self.seconds["all"] = time.monotonic() - begun
         seconds = {name: round(value, 2) for name, value in self.seconds.items()}
         return Findings(
-            grid, synthetic, real, len(sample), tuple(rows), copies, tuple(self.failures), seconds, measured.instrument
+            grid,
+            synthetic,
+            real,
+            len(sample),
+            tuple(rows),
+            copies,
+            tuple(self.failures),
+            seconds,
+            measured.instrument,
+            {"synthetic": measured.poor(synthetic.images), "real": measured_real.poor(real.images)},
         )
 
     # ---- looking ----------------------------------------------------------------------------------------------------

@@ -59,6 +59,11 @@ class Measurements:
         found = self.by_sha256.get(examined.sha256)
         return None if found is None else found.values.get(name)
 
+    def poor(self, images: Sequence[Examined]) -> int:
+        """How many of the images the instrument found its own numbers not to be believed in."""
+        found = (self.by_sha256.get(look.sha256) for look in images)
+        return sum(one is not None and one.quality.get("poor", 0) > 0 for one in found)
+
 
 def measure_one(image: JudgedImage, instrument: Instrument) -> Measurement:
     """What the instrument finds in the file as it is (its own grid, its own intensities)."""

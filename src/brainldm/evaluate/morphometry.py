@@ -32,13 +32,14 @@ MIN_PEOPLE = 4  # of a set in one distance
 
 @dataclass(frozen=True)
 class Region:
-    """A region's volumes, mm^3: means and standard deviations of both sides, and Cohen's d (0 is no difference)."""
+    """A region's volumes, mm^3: means and standard deviations of both sides (None where there is one person), and
+    Cohen's d (0 is no difference)."""
 
     name: str
     synthetic_mean: float
-    synthetic_sd: float
+    synthetic_sd: float | None
     real_mean: float
-    real_sd: float
+    real_sd: float | None
     cohen_d: Estimate
 
 
@@ -71,8 +72,8 @@ def morphometry(
 
 
 def _region(name: str, made: np.ndarray, people: np.ndarray) -> Region:
-    def sd(values: np.ndarray) -> float:
-        return float(values.std(ddof=1)) if len(values) > 1 else math.nan
+    def sd(values: np.ndarray) -> float | None:
+        return float(values.std(ddof=1)) if len(values) > 1 else None
 
     return Region(name, float(made.mean()), sd(made), float(people.mean()), sd(people), cohen_d(made, people))
 
@@ -183,7 +184,7 @@ def write_regions(path: Path, found: Morphometry) -> None:
                 (
                     inert(region.name),
                     *(
-                        round(v, 1)
+                        None if v is None else round(v, 1)
                         for v in (region.synthetic_mean, region.synthetic_sd, region.real_mean, region.real_sd)
                     ),
                     *(region.cohen_d.value, region.cohen_d.low, region.cohen_d.high),

@@ -8,6 +8,7 @@ different grids or with different input scalings are different quantities.
 from __future__ import annotations
 
 import functools
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -124,7 +125,9 @@ def space_named(text: str) -> FeatureSpace:
 def _medicalnet(checkpoint: Path, sha256: str) -> MedicalNet:
     """The network with the checkpoint's weights, read once a process."""
     try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        # Files from before PyTorch 1.6 are no archives, and only archives can be mapped.
+        mapped = zipfile.is_zipfile(checkpoint)
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # whatever a file that is no checkpoint makes torch raise
         raise BadInput(
             f"cannot be read as a checkpoint ({type(error).__name__}).", path=checkpoint, reason="damaged"

@@ -18,7 +18,8 @@ from brainldm.base.files import write_bytes, write_json
 from brainldm.base.nifti import read_nifti
 from brainldm.base.slices import VIEWS, Crop, View, grey_png, middle_slice
 from brainldm.base.streams import stream
-from brainldm.evaluate.examine import HISTOGRAM_BINS, Examined, Sketch, to_unit
+from brainldm.cohort.normalise import to_unit
+from brainldm.evaluate.examine import HISTOGRAM_BINS, Examined, Sketch
 
 MAX_SYNTHETIC, MAX_REAL = 64, 16
 ABREAST = 4

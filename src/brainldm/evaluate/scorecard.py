@@ -307,7 +307,17 @@ def _read_predictors(folders: Sequence[str | Path]) -> dict[str, Instrument]:
         return {}
     from brainldm.cohort.predictor import read_predictor  # imports torch, which takes a second
 
-    return {predictor.target: predictor for predictor in map(read_predictor, map(Path, folders))}
+    found: dict[str, Instrument] = {}
+    for folder in folders:
+        predictor = read_predictor(Path(folder))
+        if predictor.target in found:
+            raise UsageError(
+                f"predicts {predictor.target}, as another predictor that was named does.",
+                remedy="Name one of each.",
+                path=folder,
+            )
+        found[predictor.target] = predictor
+    return found
 
 
 def _volume_tables(volumes: tuple[str | Path | None, str | Path | None] | None, has_real: bool) -> dict[str, Path]:

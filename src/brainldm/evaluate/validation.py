@@ -26,10 +26,10 @@ from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import stream
 from brainldm.evaluate.distribution import brain_mask
 from brainldm.evaluate.estimate import Estimate, share
-from brainldm.evaluate.examine import Examined, examine, read_for_judging, sketch_of
+from brainldm.evaluate.examine import Examination, Examined, examine, read_for_judging, sketch_of
 from brainldm.evaluate.features import FeatureSpace
 from brainldm.evaluate.grids import JudgingGrid, judging_grid
-from brainldm.evaluate.images import ImageFolder, JudgedImage, open_images
+from brainldm.evaluate.images import Failure, ImageFolder, JudgedImage, open_images
 from brainldm.evaluate.memorisation import memorisation, voxel_features
 from brainldm.evaluate.pool import each
 from brainldm.evaluate.scorecard import Scorecard, evaluate_folders, feature_spaces
@@ -103,16 +103,19 @@ class Planted:
 
 @dataclass(frozen=True)
 class Validation:
-    """`nearer[space][alteration]` is the share of people whose altered image is nearer to their own than to others."""
+    """`nearer[space][alteration]` is the share of people whose altered image is nearer to their own than to others.
+    `failures` are the images that could not be judged."""
 
     people: int
     seed: int
     nearer: Mapping[str, Mapping[str, Estimate]]
     planted: tuple[Planted, ...]
     real_against_real: Scorecard
+    failures: tuple[Failure, ...] = ()
 
     def as_text(self) -> str:
-        lines = [f"{self.people} people. Altered a little, nearer to oneself than to anybody else:"]
+        lines = [f"x {failure.file}: {failure.message}" for failure in self.failures]
+        lines.append(f"{self.people} people. Altered a little, nearer to oneself than to anybody else:")
         for space, kinds in self.nearer.items():
             lines.append(f"  {space}: " + ", ".join(f"{kind} {_told(e)}" for kind, e in kinds.items()))
         lines.append("Planted copies found, and innocent people accused:")
@@ -141,12 +144,14 @@ def validate(
     progress: Progress = Quiet(),  # noqa: B008  # stateless
 ) -> Validation:
     """Runs all three on the people in `folder` (a prepared cohort, or images that lie in one space) and writes `out`.
+    Images that cannot be judged are listed in `.failures` and in validation.json, and the rest is used.
 
     BadInput where there are fewer than MIN_PEOPLE.
     """
     people = open_images(folder, "real")
     grid = judging_grid([[image.path for image in people.images]])
-    looks = () if grid is None else _looked_at(people, grid, workers, progress)
+    found = Examination((), ()) if grid is None else _looked_at(people, grid, workers, progress)
+    looks = found.images
     if grid is None or len(looks) < MIN_PEOPLE:
         raise BadInput(
             f"has {len(looks)} people who can be judged; {MIN_PEOPLE} are needed.",
@@ -157,22 +162,24 @@ def validate(
     spaces = feature_spaces(features)
     with locked_folder(out):
         altered = _altered(looks, grid, spaces, seed, workers, progress)
-        nearer = {space: _nearer(found) for space, found in altered.items()}
-        planted = tuple(_planted(space, found, seed) for space, found in altered.items())
+        nearer = {space: _nearer(kinds) for space, kinds in altered.items()}
+        planted = tuple(_planted(space, kinds, seed) for space, kinds in altered.items())
         card = _real_against_real(people, looks, out / "real_against_real", features, pairs, seed, workers, progress)
-        validation = Validation(len(looks), seed, nearer, planted, card)
+        failures = (*people.failures, *found.failures)
+        validation = Validation(len(looks), seed, nearer, planted, card, failures)
         settings = {"noise": NOISE, "coarser": COARSER, "warp_mm": WARP_MM, "warp_smoothness_mm": WARP_SMOOTHNESS_MM}
         content: dict[str, Any] = {"grid": grid.describe(), "alterations": settings}
         content |= {"people": validation.people, "seed": seed}
         content |= {"nearer": {s: {k: asdict(e) for k, e in kinds.items()} for s, kinds in nearer.items()}}
         content |= {"planted": [asdict(one) for one in planted]}
+        content |= {"failures": [asdict(failure) for failure in failures]}
         write_json(out / "validation.json", content)
     return validation
 
 
-def _looked_at(people: ImageFolder, grid: JudgingGrid, workers: int, progress: Progress) -> tuple[Examined, ...]:
+def _looked_at(people: ImageFolder, grid: JudgingGrid, workers: int, progress: Progress) -> Examination:
     files = {image.file for image in people.images}
-    return examine(people.images, "real", grid, sketched=files, workers=workers, progress=progress).images
+    return examine(people.images, "real", grid, sketched=files, workers=workers, progress=progress)
 
 
 # ------------------------------------------------------------------------------------------------------ altered copies

@@ -186,8 +186,9 @@ def _generate(
     seed: int,
     progress: Progress,
     say: Callable[[str], None],
-) -> float:
-    """Makes the way's brains and returns the seconds that one took, on average (as first made)."""
+) -> float | None:
+    """Makes the way's brains and returns the seconds that one took, on average (as first made); None where a run that
+    was interrupted just then took them along."""
     from brainldm.generate.plan import make_plan
     from brainldm.generate.run import GenerateSettings, generate
     from brainldm.generate.start import start
@@ -206,7 +207,8 @@ def _generate(
     if made == n or not timing.is_file():
         spent = time.monotonic() - begun
         write_json(timing, {"seconds_an_image": spent / made if made else None, "images": made})
-    return float(read_json(timing)["seconds_an_image"] or float("nan"))
+    seconds: float | None = read_json(timing)["seconds_an_image"]
+    return seconds
 
 
 # -------------------------------------------------------------------------------------------------------------- table
@@ -215,7 +217,7 @@ def _generate(
 def _table(
     ways: Sequence[Way],
     cards: Mapping[str, Mapping[str, Any]],
-    seconds: Mapping[str, float],
+    seconds: Mapping[str, float | None],
     n: int,
     pairs: int,
     seed: int,
