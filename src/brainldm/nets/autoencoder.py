@@ -35,8 +35,8 @@ class AutoencoderConfig:
 
     `fold` and `registered_XYZ` are not the paper's. The first moves fold^3 voxels into channels before the first
     convolution and back after the last, so that no convolution runs at full resolution. The second is the grid of
-    images that all lie in one space: then a mean image is subtracted before the encoder and added after the decoder, and
-    each level learns features of each place, so that the latent need not tell what all brains share.
+    images that all lie in one space: then a mean image is subtracted before the encoder and added after the decoder,
+    and each level learns features of each place, so that the latent need not tell what all brains share.
     """
 
     in_channels: int = 1
