@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,9 +26,9 @@ from brainldm.train.gan_run import train_gan
 from brainldm.train.run import train
 from conftest import tiny_recipe
 
-# Float32 sums in another order, six steps long. One process that misses a draw, a gradient or the batch
-# normalisation's statistics is off by more than a hundred times this.
-TOLERANCE = 2e-4
+# Float32 sums in another order: 3e-7 was seen over six steps, and from equal weights in one step of shards. Shards lie
+# in memory another way, so convolutions round otherwise, and Adam's first steps make much of it: 3e-4 in six steps.
+TOLERANCE, TOLERANCE_OF_LATER_STEPS = 2e-5, 2e-3
 
 
 def even_recipe() -> Recipe:
@@ -74,12 +75,12 @@ def logged(run: Path, stage: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / stage / "log.jsonl").read_text().splitlines()]
 
 
-def assert_same_losses(run: Path, wanted: Path) -> None:
+def assert_same_losses(run: Path, wanted: Path, tolerance: float = TOLERANCE, steps: slice = slice(None)) -> None:
     for stage in ("autoencoder", "diffusion"):
-        rows, wanted_rows = logged(run, stage), logged(wanted, stage)
+        rows, wanted_rows = logged(run, stage)[steps], logged(wanted, stage)[steps]
         assert [list(row) for row in rows] == [list(row) for row in wanted_rows]
-        values, wanted_values = (np.array([list(row.values()) for row in r]) for r in (rows, wanted_rows))
-        np.testing.assert_allclose(values, wanted_values, rtol=TOLERANCE, atol=1e-6)
+        values, wanted_values = ([value for row in r for value in row.values()] for r in (rows, wanted_rows))
+        np.testing.assert_allclose(values, wanted_values, rtol=tolerance, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -101,23 +102,38 @@ def test_two_processes_compute_what_one_does(alone: Path, tiny_cohort: Path, tmp
 
 
 def test_one_then_two_with_shards_then_one(alone: Path, tiny_cohort: Path, tmp_path: Path) -> None:
-    """The number of processes may change from start to start, and a checkpoint made of shards is a whole one."""
+    """The number of processes may change from start to start, and a checkpoint made of shards is a whole one.
+
+    Stage 1 of `alone` is taken over for stage 2, so that both U-Nets learn from the same latents.
+    """
     run = tmp_path / "run"
     train(even_recipe(), tiny_cohort, run, stage="autoencoder", steps=2)
     process = start_two(run, tiny_cohort, "--shard", "--steps", "4", "--stage", "autoencoder")
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output[-3000:]
     train(even_recipe(), tiny_cohort, run, stage="autoencoder")
+    shutil.copytree(run, tmp_path / "first")
+    for part in ("checkpoints", "summary.json"):
+        _replace(run / "autoencoder" / part, alone / "autoencoder" / part)
     train(even_recipe(), tiny_cohort, run, stage="diffusion", steps=2)
     process = start_two(run, tiny_cohort, "--shard", "--steps", "4", "--stage", "diffusion")
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output[-3000:]
-    train(even_recipe(), tiny_cohort, run)
-    assert_same_losses(run, alone)
-    for stage in ("autoencoder", "diffusion"):
+    train(even_recipe(), tiny_cohort, run, stage="diffusion")
+    assert_same_losses(run, alone, steps=slice(3))  # the third is the first in shards
+    assert_same_losses(run, alone, TOLERANCE_OF_LATER_STEPS)
+    for folder, stage in ((tmp_path / "first", "autoencoder"), (run, "diffusion")):
         file = f"{stage}/checkpoints/step-00000006.safetensors"
-        ours, wanted = load_file(run / file), load_file(alone / file)
+        ours, wanted = load_file(folder / file), load_file(alone / file)
         assert {name: tensor.shape for name, tensor in ours.items()} == {n: t.shape for n, t in wanted.items()}
+
+
+def _replace(path: Path, by: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+        shutil.copytree(by, path)
+    else:
+        shutil.copy(by, path)
 
 
 def test_a_killed_process_ends_them_all(tiny_cohort: Path, tmp_path: Path) -> None:

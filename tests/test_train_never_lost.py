@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,58 +25,55 @@ from brainldm.base.files import sha256_of
 from brainldm.base.manifest import Manifest
 from brainldm.base.streams import stream
 from brainldm.train.checkpoint import Checkpoint, drop_newer, load_newest, save_checkpoint
+from brainldm.train.config import Recipe
 from brainldm.train.loop import run_stage
+from brainldm.train.run import train
 from conftest import tiny_recipe
 
 # ---- Killed 20 times ------------------------------------------------------------------------------------------------
 
-KILLS, STEPS = 20, 60
+KILLS, STEPS = 20, 20
 
-LIFE = """
-import os, signal, sys, threading
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-import brainldm.train.loop as loop
-from brainldm.train.run import train
-from test_train_never_lost import long_recipe
-loop.FIRST_CHECKPOINT_SECONDS = 0.0
-fsyncs, whole = 0, os.fsync
-def dying_fsync(handle):
-    global fsyncs
-    fsyncs += 1
-    if fsyncs == {at_fsync}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return whole(handle)
-os.fsync = dying_fsync
-if {after_seconds}:
-    timer = threading.Timer({after_seconds}, os.kill, (os.getpid(), signal.SIGKILL))
-    timer.daemon = True
-    timer.start()
-train(long_recipe(), Path({cohort!r}), Path({out!r}))
-"""
+# Lives are forked from a process that has imported everything once: what is killed is the training, not the importing.
+NURSERY = multiprocessing.get_context("forkserver")
+NURSERY.set_forkserver_preload(["brainldm.train.run", "monai.networks.nets", "test_train_never_lost"])
 
 
-def long_recipe():  # type: ignore[no-untyped-def]
-    """The tiny recipe with steps enough to be killed 20 times, saving after each."""
+def long_recipe() -> Recipe:
+    """The tiny recipe with more steps, saving after each."""
     tiny = tiny_recipe(checkpoint_minutes=0.0)
     return replace(
         tiny, autoencoder=replace(tiny.autoencoder, steps=STEPS), diffusion=replace(tiny.diffusion, steps=STEPS)
     )
 
 
-def live(out: Path, cohort: Path, *, at_fsync: int = 0, after_seconds: float = 0.0) -> int:
-    """One start of the training, killed at that fsync or after those seconds; its return code."""
-    script = LIFE.format(
-        tests=str(Path(__file__).parent),
-        cohort=str(cohort),
-        out=str(out),
-        at_fsync=at_fsync,
-        after_seconds=after_seconds,
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, env=environment)
-    assert ended.returncode in (0, -signal.SIGKILL), ended.stderr.decode()[-3000:]
-    return ended.returncode
+def _life(out: Path, cohort: Path, at_fsync: int, after_seconds: float) -> None:
+    torch.set_num_threads(1)
+    loop.FIRST_CHECKPOINT_SECONDS = 0.0
+    fsyncs, whole = 0, os.fsync
+
+    def dying_fsync(handle: Any) -> None:
+        nonlocal fsyncs
+        fsyncs += 1
+        if fsyncs == at_fsync:
+            os.kill(os.getpid(), signal.SIGKILL)
+        whole(handle)
+
+    os.fsync = dying_fsync
+    if after_seconds:
+        timer = threading.Timer(after_seconds, os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+    train(long_recipe(), cohort, out)
+
+
+def live(out: Path, cohort: Path, *, at_fsync: int = 0, after_seconds: float = 0.0) -> bool:
+    """One start of the training, killed at that fsync or after those seconds; whether it came to its end first."""
+    life = NURSERY.Process(target=_life, args=(out, cohort, at_fsync, after_seconds))
+    life.start()
+    life.join()
+    assert life.exitcode in (0, -signal.SIGKILL)
+    return life.exitcode == 0
 
 
 def flip_a_bit_of_the_newest_checkpoint(run: Path, position: int) -> bool:
@@ -107,22 +106,30 @@ def everything(run: Path) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_killed_twenty_times_at_random_moments(tiny_cohort: Path, tmp_path: Path) -> None:
-    assert live(tmp_path / "unbroken", tiny_cohort) == 0
-    run, draws, flips = tmp_path / "killed", stream(0, "kills"), 0
-    for kill in range(KILLS):
-        if kill % 2:
-            died = live(run, tiny_cohort, after_seconds=float(draws.uniform(0.05, 0.8)))
+    """By turns at a random fsync, so during some write, and after a random time. A machine fast enough to end the run
+    before the last kill starts another one, and all that ended are compared."""
+    assert live(tmp_path / "unbroken", tiny_cohort)
+    draws, kills, flips = stream(0, "kills"), 0, 0
+    runs = [tmp_path / "killed-0"]
+    while kills < KILLS:
+        if kills % 2:
+            ended = live(runs[-1], tiny_cohort, after_seconds=float(draws.uniform(0.1, 1.0)))
         else:
-            died = live(run, tiny_cohort, at_fsync=int(draws.integers(1, 26)))
-        assert died == -signal.SIGKILL, f"it was done after {kill} kills: give it more steps"
+            ended = live(runs[-1], tiny_cohort, at_fsync=int(draws.integers(1, 25)))
+        if ended:
+            runs.append(tmp_path / f"killed-{len(runs)}")
+            continue
+        kills += 1
         if draws.random() < 0.3:
-            flips += flip_a_bit_of_the_newest_checkpoint(run, int(draws.integers(2**31)))
+            flips += flip_a_bit_of_the_newest_checkpoint(runs[-1], int(draws.integers(2**31)))
     assert flips >= 2
-    assert live(run, tiny_cohort) == 0
-    ours, wanted = everything(run), everything(tmp_path / "unbroken")
-    assert ours.keys() == wanted.keys()
-    assert [name for name in ours if ours[name] != wanted[name]] == []
-    assert not list(run.rglob(".part-*"))
+    assert live(runs[-1], tiny_cohort)
+    wanted = everything(tmp_path / "unbroken")
+    for run in runs:
+        ours = everything(run)
+        assert ours.keys() == wanted.keys()
+        assert [name for name in ours if ours[name] != wanted[name]] == []
+        assert not list(run.rglob(".part-*"))
 
 
 # ---- A full disk ----------------------------------------------------------------------------------------------------

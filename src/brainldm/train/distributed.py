@@ -224,7 +224,7 @@ class _MeanOverProcesses(torch.autograd.Function):
         return _mean_over_processes(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         return _mean_over_processes(gradient)
 
 

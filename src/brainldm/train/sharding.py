@@ -38,7 +38,7 @@ def for_checkpoint(tensor: torch.Tensor) -> torch.Tensor:
     """The same, but kept by the leader alone and in the machine's memory: eight whole copies a node would be many."""
     if not isinstance(tensor, DTensor):
         return tensor
-    together = tensor.detach().full_tensor()
+    together = whole(tensor).detach()
     return together.cpu() if dist.get_rank() == 0 else together.new_empty(0)
 
 
