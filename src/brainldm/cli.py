@@ -154,6 +154,10 @@ def train(
 ) -> None:
     """A cohort becomes a model. RECIPE is demo, small or paper; lsgan or vaegan trains a baseline, age or sex the
     judge's predictor."""
+    if shard and recipe in ("age", "sex", "lsgan", "vaegan"):
+        from brainldm.base.errors import UsageError
+
+        raise UsageError(f"{recipe} trains in one process, which has nothing to shard.", remedy="Leave --shard out.")
     if recipe in ("age", "sex"):
         _train_predictor(recipe, data, out, steps=steps, minutes=minutes, device=device, precision=precision)
         return

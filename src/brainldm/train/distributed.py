@@ -158,6 +158,11 @@ def together(device: torch.device, timeout_seconds: float = TIMEOUT_SECONDS) -> 
         yield place
         return
     if device.type == "cuda":
+        if device.index is not None:
+            raise UsageError(
+                f"{place.processes} processes cannot all train on {device}.",
+                remedy="Use --device cuda: each process takes the GPU of its number.",
+            )
         if place.local_rank >= torch.cuda.device_count():
             raise UsageError(
                 f"process {place.local_rank} of this node has no GPU: there are {torch.cuda.device_count()}.",
