@@ -5,6 +5,7 @@ Nothing heavy is imported until a verb runs, so that --help answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -146,10 +147,17 @@ def train(
     minutes: Annotated[float | None, Parameter(help="Training time in all, shared by the stages.")] = None,
     device: Device = "auto",
     precision: Precision = "auto",
+    shard: Annotated[
+        bool, Parameter(help="Under torchrun: each process holds a part of the weights (FSDP2).", negative="")
+    ] = False,
     dry_run: Annotated[bool, Parameter(help="Print the resolved recipe and stop.", negative="")] = False,
 ) -> None:
     """A cohort becomes a model. RECIPE is quick, demo, small, fast or paper; lsgan or vaegan trains a baseline, age or
     sex the judge's predictor."""
+    if shard and recipe in ("age", "sex", "lsgan", "vaegan"):
+        from brainldm.base.errors import UsageError
+
+        raise UsageError(f"{recipe} trains in one process, which has nothing to shard.", remedy="Leave --shard out.")
     if recipe in ("age", "sex"):
         _train_predictor(recipe, data, out, steps=steps, minutes=minutes, device=device, precision=precision)
         return
@@ -174,9 +182,11 @@ def train(
             minutes=minutes,
             device=device,
             precision=precision,
+            shard=shard,
             progress=progress,
         )
-    _say_trained(summary)
+    if _leads():
+        _say_trained(summary)
 
 
 def _say_trained(summary: TrainSummary) -> None:
@@ -698,9 +708,14 @@ def _say(text: str) -> None:
 
 
 def _progress():  # type: ignore[no-untyped-def]  # a context manager of base.progress, imported late
-    from brainldm.base.progress import shown_progress
+    from brainldm.base.progress import Quiet, shown_progress
 
-    return shown_progress()
+    return shown_progress() if _leads() else contextlib.nullcontext(Quiet())
+
+
+def _leads() -> bool:
+    """Whether this process speaks: of those that torchrun starts, the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def main() -> None:

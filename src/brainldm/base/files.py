@@ -165,10 +165,11 @@ def locked_folder(folder: str | Path) -> Iterator[Path]:
                 path=folder,
                 reason="in_use",
             ) from error
-        handle.truncate(0)
         started = time.strftime("%Y-%m-%dT%H:%M:%S")
-        handle.write(f"host {socket.gethostname()}, process {os.getpid()}, since {started}")
-        handle.flush()
+        with writing(lock_path):
+            handle.truncate(0)
+            handle.write(f"host {socket.gethostname()}, process {os.getpid()}, since {started}")
+            handle.flush()
         remove_stale_parts(folder)
         try:
             yield folder

@@ -16,15 +16,17 @@ from torch.nn import functional as F
 from brainldm.base.streams import stream
 from brainldm.cohort.dataset import VolumeDataset
 from brainldm.model.precision import autocast
-from brainldm.nets.autoencoder import Autoencoder
+from brainldm.nets.autoencoder import Autoencoder, ResidualBlock
 from brainldm.nets.discriminator import discriminator_loss, generator_loss, patch_discriminator
 from brainldm.train.augment import changed, draw_change
 from brainldm.train.batches import BatchOrder
 from brainldm.train.checkpoint import module_tensors, optimiser_tensors, restore_module, restore_optimiser
 from brainldm.train.config import AutoencoderStageConfig
+from brainldm.train.distributed import ALONE, Place, normalised_together
 from brainldm.train.loop import learning_rate_factor
 from brainldm.train.perceptual import RandomFeatures
 from brainldm.train.pictures import save_rows
+from brainldm.train.sharding import clip_gradients, shard
 
 _PEOPLE_FOR_THE_MEAN = 200
 
@@ -52,10 +54,13 @@ class AutoencoderStage:
         seed: int,
         device: torch.device,
         precision: str,
+        place: Place = ALONE,
+        sharded: bool = False,
     ) -> None:
-        self.config, self.train, self.validation = config, train, validation
+        self.config, self.train, self.validation, self.place = config, train, validation, place
         self.steps, self.seed, self.device, self.precision = config.steps, seed, device, precision
         self.order = BatchOrder(seed, len(train), config.batch)
+        self.share = place.share(config.batch)
         layout = torch.channels_last_3d
         torch.manual_seed(int(stream(seed, "autoencoder-weights").integers(2**31)))  # torch's initialisers read it
         self.autoencoder = Autoencoder(config.net, checkpointing=config.checkpointing)
@@ -66,11 +71,14 @@ class AutoencoderStage:
         if config.net.registered_XYZ is not None:
             self.autoencoder.mean_image.data[0, 0] = torch.from_numpy(mean_image(train))
         self.autoencoder.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+        if sharded:  # its parts, because it is not called as a whole; the discriminator is small
+            shard(self.autoencoder.children(), (ResidualBlock,), device)
         trained = [p for p in self.autoencoder.parameters() if p.requires_grad]
         self.optimiser = torch.optim.Adam(trained, lr=config.learning_rate, fused=True)
         self.discriminator: torch.nn.Module | None = None
         if config.adversarial_weight > 0:
-            self.discriminator = patch_discriminator(config.discriminator_channels, config.discriminator_layers)
+            discriminator = patch_discriminator(config.discriminator_channels, config.discriminator_layers)
+            self.discriminator = normalised_together(discriminator, place)
             self.discriminator.to(device=device, memory_format=layout)  # type: ignore[call-overload]
             self.discriminator_optimiser = torch.optim.Adam(
                 self.discriminator.parameters(), lr=config.discriminator_learning_rate, fused=True
@@ -82,14 +90,15 @@ class AutoencoderStage:
     def step(self, step: int) -> dict[str, float]:
         config = self.config
         self._set_learning_rates(step)
-        image = self._training_images(step)
+        image = self._training_images(step, self.share)
         adversarial = self.discriminator is not None and step >= config.adversarial_from_step
 
         # Autoencoder
         self.optimiser.zero_grad(set_to_none=True)
         with autocast(self.device, self.precision):
             latent = self.autoencoder.encode(image)
-            noise = stream(self.seed, "autoencoder-noise", step).standard_normal(latent.mean_BCXYZ.shape, np.float32)
+            shape = (config.batch, *latent.mean_BCXYZ.shape[1:])
+            noise = stream(self.seed, "autoencoder-noise", step).standard_normal(shape, np.float32)[self.share]
             reconstruction = self.autoencoder.decode(latent.sample(torch.from_numpy(noise).to(self.device)))
         reconstruction = reconstruction.float()
         figures = {"l1": F.l1_loss(reconstruction, image), "kl": latent.kl_B().mean()}
@@ -105,7 +114,8 @@ class AutoencoderStage:
             figures["adversarial"] = generator_loss(judged.float())
             loss = loss + config.adversarial_weight * figures["adversarial"]
         loss.backward()
-        figures["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.autoencoder.parameters(), config.gradient_clip)
+        self.place.average_gradients(self.autoencoder)
+        figures["gradient_norm"] = clip_gradients(self.autoencoder, config.gradient_clip)
         self.optimiser.step()
 
         # Discriminator
@@ -122,7 +132,8 @@ class AutoencoderStage:
             judged_real = self.discriminator(image)[-1]
         loss = discriminator_loss(judged_real.float(), judged_fake.float())
         (self.config.adversarial_weight * loss).backward()
-        torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.config.gradient_clip)
+        self.place.average_gradients(self.discriminator)
+        clip_gradients(self.discriminator, self.config.gradient_clip)
         self.discriminator_optimiser.step()
         return loss.detach()
 
@@ -135,15 +146,11 @@ class AutoencoderStage:
         if self.discriminator is not None:
             self.discriminator_optimiser.param_groups[0]["lr"] = config.discriminator_learning_rate * factor
 
-    def _training_images(self, step: int) -> torch.Tensor:
-        """The batch of that step, each image changed by a draw of its own."""
+    def _training_images(self, step: int, share: slice) -> torch.Tensor:
+        """That share of the step's batch, each image changed by a draw of its own."""
         draws = stream(self.seed, "autoencoder-augmentation", step)
-        return self._tensor(
-            [
-                changed(self.train.image_XYZ(i), draw_change(draws, self.config.augmentation))
-                for i in self.order.members(step)
-            ]
-        )
+        changes = [(i, draw_change(draws, self.config.augmentation)) for i in self.order.members(step)]
+        return self._tensor([changed(self.train.image_XYZ(i), change) for i, change in changes[share]])
 
     def _images(self, dataset: VolumeDataset, members: list[int]) -> torch.Tensor:
         return self._tensor([dataset.image_XYZ(i) for i in members])
@@ -171,6 +178,9 @@ class AutoencoderStage:
     def batch_names(self, step: int) -> list[str]:
         return [self.train.names[i] for i in self.order.members(step)]
 
+    def batch_tensors(self, step: int) -> dict[str, torch.Tensor]:
+        return {"image": self._training_images(step, slice(None))}
+
     # ---- looking at it ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -183,7 +193,9 @@ class AutoencoderStage:
         """Originals above, reconstructions below, of up to four people the network does not train on."""
         shown = self.validation if len(self.validation) else self.train
         image = self._images(shown, list(range(min(4, len(shown)))))
-        save_rows(path, [image[:, 0].cpu().numpy(), self.reconstruct(image)[:, 0].cpu().numpy()])
+        rows = [image[:, 0].cpu().numpy(), self.reconstruct(image)[:, 0].cpu().numpy()]
+        if self.place.leads:
+            save_rows(path, rows)
 
     def validate(self) -> dict[str, float]:
         """Reconstruction of held-out people: L1 and PSNR (peak 1), means over people."""

@@ -21,6 +21,7 @@ from brainldm.base.errors import BadInput
 from brainldm.base.files import sha256_of
 from brainldm.base.manifest import Manifest
 from brainldm.model.tensors import write_tensors
+from brainldm.train.sharding import for_checkpoint, laid_out_as
 
 KEEP = 2
 
@@ -37,13 +38,18 @@ class Checkpoint:
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Writes the checkpoint whole, lists it, and drops all but the newest two."""
-    path = folder / f"step-{checkpoint.step:08d}.safetensors"
+    path = folder / _name(checkpoint.step)
     metadata = {"step": checkpoint.step, "seconds": checkpoint.seconds, "facts": checkpoint.facts}
     write_tensors(path, checkpoint.tensors, {"brainldm": json.dumps(metadata)})
     manifest = Manifest(folder / "manifest.jsonl")
     manifest.append(index=checkpoint.step, file=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
-    for old in sorted(folder.glob("step-*.safetensors"))[:-KEEP]:
-        old.unlink()
+    # One that a killed run wrote and did not list counts for nothing, so it takes nobody's place.
+    listed = {record["file"] for record in manifest.records()}
+    there = sorted(folder.glob("step-*.safetensors"))
+    kept = [old for old in there if old.name in listed][-KEEP:]
+    for old in there:
+        if old not in kept:
+            old.unlink()
     return path
 
 
@@ -69,6 +75,18 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
+def drop_newer(folder: Path, step: int) -> None:
+    """Removes checkpoints after `step`, of which a run that goes on from there knows that they are damaged or were
+    never listed: they must not count as one of those kept."""
+    for path in folder.glob("step-*.safetensors"):
+        if path.name > _name(step):
+            path.unlink()
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}.safetensors"
+
+
 def _read(path: Path) -> Checkpoint:
     with safe_open(path, "pt") as opened:
         metadata = json.loads(opened.metadata()["brainldm"])
@@ -79,7 +97,7 @@ def optimiser_tensors(name: str, optimiser: torch.optim.Optimizer) -> dict[str, 
     """The optimiser's moments by flat names, so that they fit a safetensors file."""
     state = optimiser.state_dict()["state"]
     return {
-        f"optimiser/{name}/{index}/{key}": torch.as_tensor(value)
+        f"optimiser/{name}/{index}/{key}": for_checkpoint(torch.as_tensor(value))
         for index, entries in state.items()
         for key, value in entries.items()
     }
@@ -98,15 +116,18 @@ def restore_optimiser(name: str, optimiser: torch.optim.Optimizer, tensors: dict
         if key.startswith(prefix):
             index, entry = key.removeprefix(prefix).split("/")
             parameter = parameters[int(index)]
-            laid_out = torch.empty_like(parameter).copy_(tensor) if tensor.shape == parameter.shape else tensor
+            laid_out = laid_out_as(parameter, tensor) if tensor.shape == parameter.shape else tensor
             state.setdefault(int(index), {})[entry] = laid_out.detach()
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
 def module_tensors(name: str, module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {f"{name}/{key}": tensor for key, tensor in module.state_dict().items()}
+    return {f"{name}/{key}": for_checkpoint(tensor) for key, tensor in module.state_dict().items()}
 
 
 def restore_module(name: str, module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     prefix = f"{name}/"
-    module.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
+    saved = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+    own = module.state_dict()
+    fits = {k for k, t in saved.items() if k in own and own[k].shape == t.shape}  # the rest is for torch to refuse
+    module.load_state_dict({k: laid_out_as(own[k], t) if k in fits else t for k, t in saved.items()})

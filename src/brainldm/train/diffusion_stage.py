@@ -7,7 +7,7 @@ z is the latent x scale (the paper), or what the population's mean leaves of it 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +21,17 @@ from brainldm.diffusion.target import training_pair
 from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.model.latent_population import LatentPopulation
 from brainldm.model.precision import autocast
-from brainldm.nets.unet import DiffusionUNet, UNetConfig, with_covariates
+from brainldm.nets.blocks import SpatialTransformer
+from brainldm.nets.unet import DiffusionUNet, ResidualBlock, UNetConfig, with_covariates
 from brainldm.train.averages import MovingAverage
 from brainldm.train.batches import BatchOrder
 from brainldm.train.checkpoint import module_tensors, optimiser_tensors, restore_module, restore_optimiser
 from brainldm.train.config import DiffusionStageConfig
+from brainldm.train.distributed import ALONE, Place
 from brainldm.train.latents import Latents
 from brainldm.train.loop import learning_rate_factor
 from brainldm.train.pictures import save_rows
+from brainldm.train.sharding import clip_gradients, for_checkpoint, laid_out_as, shard, whole
 
 
 def unet_config(config: DiffusionStageConfig, latent_channels: int) -> UNetConfig:
@@ -61,6 +64,16 @@ def draw_timesteps(draws: np.random.Generator, config: DiffusionStageConfig, cou
     return np.minimum((share * config.schedule_steps).astype(np.int64), config.schedule_steps - 1)
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """What the U-Net is shown and should answer, (B, C, X, Y, Z) each, with the timestep and normalised covariates."""
+
+    x_BCXYZ: torch.Tensor
+    target_BCXYZ: torch.Tensor
+    timesteps_B: torch.Tensor
+    condition_BF: torch.Tensor
+
+
 class DiffusionStage:
     """The U-Net, its moving average, and how one step trains it."""
 
@@ -78,16 +91,22 @@ class DiffusionStage:
         seed: int,
         device: torch.device,
         precision: str,
+        place: Place = ALONE,
+        sharded: bool = False,
     ) -> None:
         self.config, self.latents, self.scale, self.population, self.names = config, latents, scale, population, names
+        self.place, self.sharded = place, sharded
         self.condition_NF = torch.from_numpy(condition_NF)
         self.steps, self.seed, self.device, self.precision = config.steps, seed, device, precision
         self.schedule = stage_schedule(config)
-        self.order = BatchOrder(seed, len(names), min(config.batch, len(names)))
+        batch = min(config.batch, len(names))
+        self.order, self.share = BatchOrder(seed, len(names), batch), place.share(batch)
         torch.manual_seed(int(stream(seed, "diffusion-weights").integers(2**31)))  # torch's initialisers read it
         net = unet_config(config, latents.mean_NCXYZ.shape[1])
         self.unet = DiffusionUNet(net, checkpointing=config.checkpointing)
         self.unet.to(device=device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        if sharded:
+            shard([self.unet], (ResidualBlock, SpatialTransformer), device)
         self.optimiser = torch.optim.Adam(self.unet.parameters(), lr=config.learning_rate, fused=True)
         self.average = None if config.ema_decay is None else MovingAverage(self.unet, config.ema_decay)
         self.sample_preview: LatentDiffusion | None = None
@@ -95,10 +114,31 @@ class DiffusionStage:
     # ---- one step -----------------------------------------------------------------------------------------------
 
     def step(self, step: int) -> dict[str, float]:
-        config, members = self.config, self.order.members(step)
+        config, share = self.config, self.share
         self.optimiser.param_groups[0]["lr"] = config.learning_rate * learning_rate_factor(
             step, warmup_steps=config.warmup_steps, total_steps=config.steps, cosine_decay=config.cosine_decay
         )
+        batch = self._batch(step)
+        x_BCXYZ = batch.x_BCXYZ[share].to(self.device).contiguous(memory_format=torch.channels_last_3d)
+        timesteps_B, condition_BF = batch.timesteps_B[share].to(self.device), batch.condition_BF[share].to(self.device)
+
+        self.optimiser.zero_grad(set_to_none=True)
+        with autocast(self.device, self.precision):
+            output = self.unet(*with_covariates(x_BCXYZ, timesteps_B, condition_BF))
+        loss = F.mse_loss(output.float(), batch.target_BCXYZ[share].to(self.device))
+        loss.backward()
+        self.place.average_gradients(self.unet)
+        figures = {"loss": loss.item()}
+        if config.gradient_clip is not None:
+            figures["gradient_norm"] = clip_gradients(self.unet, config.gradient_clip).item()
+        self.optimiser.step()
+        if self.average is not None:
+            self.average.update(self.unet, step)
+        return figures
+
+    def _batch(self, step: int) -> _Batch:
+        """The whole batch of that step, of all processes: latents are small, and its draws are one stream."""
+        config, members = self.config, self.order.members(step)
         draw = stream(self.seed, "diffusion-step", step)
         shape = (len(members), *self.latents.mean_NCXYZ.shape[1:])
         latent_BCXYZ = self.latents.sample(members, draw.standard_normal(shape, np.float32))
@@ -111,30 +151,16 @@ class DiffusionStage:
         timesteps_B = torch.from_numpy(draw_timesteps(draw, config, len(members)))
         # Whether somebody's covariates are kept back: the image is still theirs.
         untold_B1 = torch.from_numpy(draw.random((len(members), 1)) < config.condition_dropout)
-        condition_BF = torch.where(untold_B1, NOT_TOLD, condition_BF).to(self.device)
+        condition_BF = torch.where(untold_B1, NOT_TOLD, condition_BF)
         x_BCXYZ, target_BCXYZ = training_pair(config.target, z_BCXYZ, noise_BCXYZ, timesteps_B, self.schedule)
-
-        self.optimiser.zero_grad(set_to_none=True)
-        x_BCXYZ = x_BCXYZ.to(self.device).contiguous(memory_format=torch.channels_last_3d)
-        with autocast(self.device, self.precision):
-            output = self.unet(*with_covariates(x_BCXYZ, timesteps_B.to(self.device), condition_BF))
-        loss = F.mse_loss(output.float(), target_BCXYZ.to(self.device))
-        loss.backward()
-        figures = {"loss": loss.item()}
-        if config.gradient_clip is not None:
-            norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), config.gradient_clip)
-            figures["gradient_norm"] = norm.item()
-        self.optimiser.step()
-        if self.average is not None:
-            self.average.update(self.unet, step)
-        return figures
+        return _Batch(x_BCXYZ, target_BCXYZ, timesteps_B, condition_BF)
 
     # ---- state --------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, torch.Tensor]:
         held = module_tensors("unet", self.unet) | optimiser_tensors("unet", self.optimiser)
         if self.average is not None:
-            held |= {f"average/{name}": tensor for name, tensor in self.average.weights.items()}
+            held |= {f"average/{name}": for_checkpoint(tensor) for name, tensor in self.average.weights.items()}
         return held
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -142,17 +168,27 @@ class DiffusionStage:
         restore_optimiser("unet", self.optimiser, tensors)
         if self.average is not None:
             for name, tensor in self.average.weights.items():
-                tensor.copy_(tensors[f"average/{name}"])
+                tensor.copy_(laid_out_as(tensor, tensors[f"average/{name}"]))
 
     def batch_names(self, step: int) -> list[str]:
         return [self.names[i] for i in self.order.members(step)]
 
+    def batch_tensors(self, step: int) -> dict[str, torch.Tensor]:
+        batch = self._batch(step)
+        return {
+            "x": batch.x_BCXYZ,
+            "target": batch.target_BCXYZ,
+            "timesteps": batch.timesteps_B,
+            "condition": batch.condition_BF,
+        }
+
     def trained_unet(self) -> DiffusionUNet:
-        """The network to keep: the moving average where there is one."""
-        if self.average is None:
+        """The network to keep, whole: the moving average where there is one."""
+        if self.average is None and not self.sharded:
             return self.unet
+        weights = self.unet.state_dict() if self.average is None else self.average.weights
         averaged = DiffusionUNet(self.unet.config)
-        averaged.load_state_dict(self.average.weights)
+        averaged.load_state_dict({name: whole(tensor) for name, tensor in weights.items()})
         return averaged.to(device=self.device, memory_format=torch.channels_last_3d).eval()  # type: ignore[call-overload]
 
     # ---- looking at it ------------------------------------------------------------------------------------------
@@ -165,7 +201,8 @@ class DiffusionStage:
         middle = Covariates.from_array(model.ranges.denormalise(np.full(len(COVARIATES), 0.5)))
         noise = [preview_noise(index) for index in range(4)]
         images_BXYZ = model.sample([middle] * 4, noise)
-        save_rows(path, [images_BXYZ])
+        if self.place.leads:
+            save_rows(path, [images_BXYZ])
 
 
 def preview_noise(index: int):  # type: ignore[no-untyped-def]

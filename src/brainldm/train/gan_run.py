@@ -30,6 +30,7 @@ from brainldm.model.gan import GanModel
 from brainldm.model.precision import choose_device, choose_precision
 from brainldm.nets.gan import GanConfig
 from brainldm.train.config import GanStageConfig
+from brainldm.train.distributed import one_process_only
 from brainldm.train.gan_stage import GanStage
 from brainldm.train.loop import run_stage
 from brainldm.train.record import record_run
@@ -52,6 +53,7 @@ def train_gan(
 
     UsageError where the cohort cannot be trained on, or `out` holds another run; before the first step.
     """
+    one_process_only("a GAN baseline")
     config = config if steps is None else replace(config, steps=steps)
     cohort = PreparedCohort.open(data)
     people = VolumeDataset(cohort, "train")

@@ -140,6 +140,9 @@ class GanStage:
     def batch_names(self, step: int) -> list[str]:
         return [self.train.names[i] for i in self.order.members(step)]
 
+    def batch_tensors(self, step: int) -> dict[str, torch.Tensor]:
+        return {"image": self._images(self.order.members(step))}
+
     @torch.no_grad()
     def preview(self, path: Path) -> None:
         """Real people above, made ones below, asked for the same covariates."""

@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from brainldm.base.errors import BadInput, BrainldmError
-from brainldm.base.files import write_json, write_text
+from brainldm.base.files import make_folder, write_json, write_text, writing
 from brainldm.base.progress import Progress, Quiet
-from brainldm.train.checkpoint import Checkpoint, load_newest, save_checkpoint
+from brainldm.model.tensors import write_tensors
+from brainldm.train.checkpoint import Checkpoint, drop_newer, load_newest, save_checkpoint
+from brainldm.train.distributed import ALONE, Place
 
 FIRST_CHECKPOINT_SECONDS = 20.0
+LOG_SECONDS = 1.0
 
 
 class Stage(Protocol):
@@ -46,7 +50,15 @@ class Stage(Protocol):
         """The participants of that step's batch, for messages."""
 
     def preview(self, path: Path) -> None:
-        """Writes a picture of how far it is."""
+        """Writes a picture of how far it is. All processes are asked, as sharded networks need; the leader writes."""
+
+
+@runtime_checkable
+class ShowsBatch(Protocol):
+    """A stage that can say what its networks were shown."""
+
+    def batch_tensors(self, step: int) -> dict[str, torch.Tensor]:
+        """The whole batch of that step, of all processes, made again: images or latents as they went in."""
 
 
 class Terminated(BrainldmError):
@@ -62,19 +74,24 @@ def run_stage(
     minutes: float | None = None,
     checkpoint_minutes: float = 5.0,
     progress: Progress = Quiet(),  # noqa: B008  # stateless
+    place: Place = ALONE,
 ) -> dict[str, Any]:
     """Trains `stage` in `folder` to its last step, or for `minutes` of training time in all, and returns a summary.
 
-    Resumes by itself. Raises BadInput when the loss is not finite (the batch is named, nothing is saved over the good
-    checkpoint) and Terminated, exit code 143, after saving when the process is asked to end.
+    Resumes by itself. Raises BadInput when the loss is not finite (the batch is named and kept, nothing is saved over
+    the good checkpoint), Terminated, exit code 143, after saving when the process is asked to end, and
+    EnvironmentProblem when the disk is full or, with several processes (`place`), when another one ends.
     """
     checkpoints = folder / "checkpoints"
     found = load_newest(checkpoints, warn=lambda text: print(f"warning: {text}", file=sys.stderr))  # noqa: T201
+    place.check_same(None if found is None else found.step, "newest checkpoints")
     done, seconds_before = 0, 0.0
     if found is not None:
         stage.restore(found.tensors)
         done, seconds_before = found.step, found.seconds
-    log = _Log(folder, done)
+        if place.leads:
+            drop_newer(checkpoints, done)
+    log = _Log(folder, done, writes=place.leads)
     progress.start(f"training {stage.name}", stage.steps, done)
 
     begun = saved_at = time.monotonic()
@@ -82,11 +99,11 @@ def run_stage(
     with _asked_to_end() as asked:
         while done < stage.steps:
             elapsed = seconds_before + time.monotonic() - begun
-            if minutes is not None and elapsed >= minutes * 60:
+            if minutes is not None and any(place.anywhere(elapsed >= minutes * 60)):
                 break
             # One optimisation step
-            figures = stage.step(done)
-            _check_finite(figures, done, stage, folder)
+            figures = place.mean(stage.step(done))
+            _check_finite(figures, done, stage, folder, place)
             done += 1
             log.write({"step": done, **figures}, elapsed)
             progress.advance(1, f"loss {figures['loss']:.4f}")
@@ -94,11 +111,12 @@ def run_stage(
             # Save now and then, and when asked to end
             since_save = time.monotonic() - saved_at
             due = since_save >= (FIRST_CHECKPOINT_SECONDS if first_save else checkpoint_minutes * 60)
-            if due or asked:
-                _save(stage, checkpoints, done, seconds_before + time.monotonic() - begun, log)
+            due, ends = place.anywhere(due, bool(asked))
+            if due or ends:
+                _save(stage, checkpoints, done, seconds_before + time.monotonic() - begun, log, place)
                 saved_at, first_save = time.monotonic(), False
                 stage.preview(folder / "previews" / f"step-{done:08d}.png")
-            if asked:
+            if ends:
                 raise Terminated(
                     f"asked to end after step {done} of {stage.steps}; the state is saved.",
                     remedy="Run the same command again to go on.",
@@ -106,32 +124,42 @@ def run_stage(
                 )
     seconds = seconds_before + time.monotonic() - begun
     if found is None or done > found.step:
-        _save(stage, checkpoints, done, seconds, log)
+        _save(stage, checkpoints, done, seconds, log, place)
         stage.preview(folder / "previews" / f"step-{done:08d}.png")
     summary = {
         "stage": stage.name,
         "steps": done,
         "planned_steps": stage.steps,
+        "processes": place.processes,
         "seconds": round(seconds, 1),
-        "last": log.mean_of_last(50),
+        "last": log.mean_of_last(50) if place.leads else {},
     }
-    write_json(folder / "summary.json", summary)
-    return summary
+    if place.leads:
+        write_json(folder / "summary.json", summary)
+    return place.from_leader(summary)
 
 
-def _save(stage: Stage, checkpoints: Path, step: int, seconds: float, log: _Log) -> None:
-    log.flush()
-    save_checkpoint(checkpoints, Checkpoint(step, seconds, stage.tensors(), {"stage": stage.name}))
+def _save(stage: Stage, checkpoints: Path, step: int, seconds: float, log: _Log, place: Place) -> None:
+    tensors = stage.tensors()
+    if place.leads:
+        log.flush(durably=True)  # before the checkpoint that promises those steps
+        save_checkpoint(checkpoints, Checkpoint(step, seconds, tensors, {"stage": stage.name}))
+    place.wait()
 
 
-def _check_finite(figures: dict[str, float], step: int, stage: Stage, folder: Path) -> None:
+def _check_finite(figures: dict[str, float], step: int, stage: Stage, folder: Path, place: Place) -> None:
+    """Stops where a figure is not finite, in every process, once the leader has kept the batch."""
     if all(math.isfinite(value) for value in figures.values()):
         return
     batch = stage.batch_names(step)
-    write_json(
-        folder / "not_finite.json",
-        {"step": step + 1, "participants": batch, "figures": {name: repr(value) for name, value in figures.items()}},
-    )
+    if place.leads:
+        told = {name: repr(value) for name, value in figures.items()}
+        facts = {"step": step + 1, "participants": batch, "figures": told}
+        if isinstance(stage, ShowsBatch):
+            facts["batch"] = "not_finite.safetensors"
+            write_tensors(folder / "not_finite.safetensors", stage.batch_tensors(step), {"step": str(step + 1)})
+        write_json(folder / "not_finite.json", facts)
+    place.wait()
     raise BadInput(
         f"the loss is not a finite number at step {step + 1} (batch: {', '.join(batch)}; details in not_finite.json).",
         remedy="Look at those scans; if they are good, lower the learning rate. The last checkpoint is untouched.",
@@ -162,21 +190,36 @@ def _asked_to_end() -> Iterator[list[int]]:
 class _Log:
     """log.jsonl: what each step gave, a function of the run alone. timing.jsonl: when, which is not."""
 
-    def __init__(self, folder: Path, done: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, done: int, *, writes: bool) -> None:
+        self._writes, self._flushed = writes, time.monotonic()
         self._paths = (folder / "log.jsonl", folder / "timing.jsonl")
-        for path in self._paths:
-            _keep_up_to(path, done)
-        self._files = tuple(path.open("a", encoding="utf-8") for path in self._paths)
+        self._lines: tuple[list[str], list[str]] = ([], [])
+        if writes:
+            make_folder(folder)
+            for path in self._paths:
+                _keep_up_to(path, done)
+            self.flush()
 
     def write(self, figures: dict[str, float], seconds: float) -> None:
-        log, timing = self._files
-        log.write(json.dumps(figures, allow_nan=False) + "\n")
-        timing.write(json.dumps({"step": figures["step"], "seconds": round(seconds, 3)}) + "\n")
+        if not self._writes:
+            return
+        log, timing = self._lines
+        log.append(json.dumps(figures, allow_nan=False) + "\n")
+        timing.append(json.dumps({"step": figures["step"], "seconds": round(seconds, 3)}) + "\n")
+        if time.monotonic() - self._flushed > LOG_SECONDS:
+            self.flush()
 
-    def flush(self) -> None:
-        for file in self._files:
-            file.flush()
+    def flush(self, *, durably: bool = False) -> None:
+        """Appends what was written. Files are opened anew each time: one held open would keep, after a full disk, what
+        it could not write, and try it again when nobody listens."""
+        for path, lines in zip(self._paths, self._lines):
+            with writing(path), path.open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
+                file.flush()
+                if durably:
+                    os.fsync(file.fileno())
+            lines.clear()
+        self._flushed = time.monotonic()
 
     def mean_of_last(self, count: int) -> dict[str, float]:
         """Means over the last `count` steps of what the last of them logged."""

@@ -24,6 +24,7 @@ from brainldm.cohort.dataset import PreparedCohort, VolumeDataset, check_trainab
 from brainldm.cohort.predictor import Predictor, Target, write_predictor
 from brainldm.model.precision import choose_device, choose_precision
 from brainldm.train.config import PredictorConfig
+from brainldm.train.distributed import one_process_only
 from brainldm.train.loop import run_stage
 from brainldm.train.predictor_stage import PredictorStage
 from brainldm.train.record import record_run
@@ -48,6 +49,7 @@ def train_predictor(
     """Trains the predictor of `what` (age or sex) on the training people of the cohort `data`, and tells how well it
     does on everybody held out. Goes on where an interrupted run stopped; UsageError where `out` holds another run."""
     target = TARGETS[what]
+    one_process_only("a predictor")
     config = config if steps is None else replace(config, steps=steps)
     cohort = PreparedCohort.open(data)
     people, validation = VolumeDataset(cohort, "train"), VolumeDataset(cohort, "validation")

@@ -116,6 +116,9 @@ class PredictorStage:
     def batch_names(self, step: int) -> list[str]:
         return [self.train.names[i] for i in self.order.members(step)]
 
+    def batch_tensors(self, step: int) -> dict[str, torch.Tensor]:
+        return {"image": self._shifted(self.order.members(step), step)}
+
     def preview(self, path: Path) -> None:
         """Known against predicted, held-out people where there are any."""
         from matplotlib.figure import Figure

@@ -8,6 +8,7 @@ RUN/model/                        what `brainldm generate` takes
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +43,7 @@ from brainldm.train.autoencoder_stage import AutoencoderStage
 from brainldm.train.checkpoint import load_newest
 from brainldm.train.config import STAGES, Recipe
 from brainldm.train.diffusion_stage import DiffusionStage, unet_config
+from brainldm.train.distributed import ALONE, Place, check_divides, together
 from brainldm.train.latents import Latents, encode_cohort
 from brainldm.train.loop import run_stage
 from brainldm.train.record import record_run
@@ -68,22 +70,25 @@ def train(
     minutes: float | None = None,
     device: str = "auto",
     precision: str = "auto",
+    shard: bool = False,
     progress: Progress = Quiet(),  # noqa: B008  # stateless
 ) -> TrainSummary:
     """Trains `recipe` on the prepared cohort `data` in `out`, going on from whatever is already there.
 
     `stage` is `autoencoder`, `diffusion` or `all`; `steps` replaces the recipe's steps of the stages trained; `minutes`
-    bounds the training time, divided between the stages as the recipe says. UsageError where the data cannot be
-    trained on, or `out` holds another run; all of it before the first step.
+    bounds the training time, divided between the stages as the recipe says. Started by torchrun, the processes share
+    every batch, and with `shard` the weights as well. UsageError where the data cannot be trained on, the batch not
+    be shared, or `out` holds another run; all of it before the first step.
     """
     if stage not in (*STAGES, "all"):
         raise UsageError(f"there is no stage {stage!r}.", remedy=f"Choose one of: {', '.join(STAGES)}, all.")
     stages = STAGES if stage == "all" else (stage,)
     recipe = _with_steps(recipe, stages, steps)
     cohort = PreparedCohort.open(data)
-    run = _Run(recipe, cohort, out, choose_device(device), precision, progress)
-    with locked_folder(out):
-        run.check_and_record()
+    where = choose_device(device)
+    with together(where) as place, locked_folder(out) if place.leads else contextlib.nullcontext():
+        run = _Run(recipe, cohort, out, where, precision, progress if place.leads else Quiet(), place, shard)
+        run.check_and_record(stages)
         budget = dict.fromkeys(STAGES, None if minutes is None else minutes)
         if minutes is not None and stage == "all":
             budget = {name: minutes * share for name, share in recipe.minutes_share.items()}
@@ -92,6 +97,7 @@ def train(
             summaries["autoencoder"] = run.train_autoencoder(budget["autoencoder"])
         if "diffusion" in stages:
             summaries["diffusion"] = run.train_diffusion(budget["diffusion"])
+        place.wait()
     model = out / "model" if (out / "model" / "model.json").is_file() else None
     return TrainSummary(out, model, summaries)
 
@@ -116,8 +122,11 @@ class _Run:
         device: torch.device,
         precision: str,
         progress: Progress,
+        place: Place,
+        shard: bool,
     ) -> None:
         self.recipe, self.cohort, self.out, self.device, self.progress = recipe, cohort, out, device, progress
+        self.place, self.shard = place, shard
         downsampling = recipe.autoencoder.net.downsampling * _unet_downsampling(recipe)
         smallest_side = min(cohort.grid.shape_XYZ) // downsampling
         self.precision = choose_precision(precision, device, trained_side=smallest_side)
@@ -126,8 +135,12 @@ class _Run:
 
     # ---- before the first step ----------------------------------------------------------------------------------
 
-    def check_and_record(self) -> None:
+    def check_and_record(self, stages: tuple[str, ...]) -> None:
         """Refuses what cannot be trained, then records the run, or compares it with the one recorded here."""
+        if self.shard and self.place.alone:
+            raise UsageError(
+                "there is nothing to shard in one process.", remedy="Start several: torchrun --nproc-per-node N ..."
+            )
         check_trainable(self.train, self.recipe.autoencoder.batch)
         downsampling = self.recipe.autoencoder.net.downsampling * _unet_downsampling(self.recipe)
         if any(n % downsampling for n in self.cohort.grid.shape_XYZ):
@@ -136,6 +149,12 @@ class _Run:
                 f"the U-Net of recipe {self.recipe.name!r} divide it by together.",
                 remedy="Choose another recipe or another grid.",
             )
+        batches = {
+            "autoencoder": self.recipe.autoencoder.batch,
+            "diffusion": min(self.recipe.diffusion.batch, len(self.train) * self.recipe.diffusion.latent_views),
+        }
+        for name in stages:
+            check_divides(self.place, name, batches[name])
         self.ranges = CovariateRanges.fitted(self.train.covariates)
         description = {
             "recipe": self.recipe.to_json(),
@@ -143,18 +162,22 @@ class _Run:
             "precision": self.precision,
             "device": self.device.type,
         }
-        record_run(self.out, description)
+        if self.place.leads:
+            record_run(self.out, description)
+        self.place.wait()
 
     # ---- stage 1 ------------------------------------------------------------------------------------------------
 
     def train_autoencoder(self, minutes: float | None) -> dict[str, Any]:
-        stage = self._autoencoder_stage()
+        stage = self._autoencoder_stage(self.place, sharded=self.shard)
         summary = self._run(stage, minutes)
         summary["validation"] = stage.validate()
-        write_json(self.out / "autoencoder" / "summary.json", summary)
+        if self.place.leads:
+            write_json(self.out / "autoencoder" / "summary.json", summary)
+        self.place.wait()
         return summary
 
-    def _autoencoder_stage(self) -> AutoencoderStage:
+    def _autoencoder_stage(self, place: Place, *, sharded: bool) -> AutoencoderStage:
         return AutoencoderStage(
             self.recipe.autoencoder,
             self.train,
@@ -162,6 +185,8 @@ class _Run:
             seed=self.recipe.seed,
             device=self.device,
             precision=self.precision,
+            place=place,
+            sharded=sharded,
         )
 
     def _run(self, stage: AutoencoderStage | DiffusionStage, minutes: float | None) -> dict[str, Any]:
@@ -171,6 +196,7 @@ class _Run:
             minutes=minutes,
             checkpoint_minutes=self.recipe.checkpoint_minutes,
             progress=self.progress,
+            place=self.place,
         )
 
     def _trained_autoencoder(self) -> tuple[Autoencoder, dict[str, Any]]:
@@ -182,7 +208,7 @@ class _Run:
                 remedy="Train with --stage autoencoder (or all) first.",
                 path=self.out,
             )
-        stage = self._autoencoder_stage()
+        stage = self._autoencoder_stage(ALONE, sharded=False)
         checkpoint = load_newest(self.out / "autoencoder" / "checkpoints", warn=lambda _: None)
         assert checkpoint is not None, "a stage with a summary has a checkpoint"
         stage.restore(checkpoint.tensors)
@@ -192,18 +218,19 @@ class _Run:
 
     def train_diffusion(self, minutes: float | None) -> dict[str, Any]:
         autoencoder, autoencoder_summary = self._trained_autoencoder()
-        latents = encode_cohort(
-            self.out / "latents",
-            autoencoder,
-            self.train,
-            _latents_key(autoencoder, self.cohort),
-            views=self.recipe.diffusion.latent_views,
-            augmentation=self.recipe.diffusion.augmentation,
-            seed=self.recipe.seed,
-            device=self.device,
-            precision=self.precision,
-            progress=self.progress,
-        )
+        with self.place.leader_first():
+            latents = encode_cohort(
+                self.out / "latents",
+                autoencoder,
+                self.train,
+                _latents_key(autoencoder, self.cohort),
+                views=self.recipe.diffusion.latent_views,
+                augmentation=self.recipe.diffusion.augmentation,
+                seed=self.recipe.seed,
+                device=self.device,
+                precision=self.precision,
+                progress=self.progress,
+            )
         config = self.recipe.diffusion
         scale = config.latent_scale or 1.0 / latents.std
         people = [
@@ -227,11 +254,16 @@ class _Run:
             seed=self.recipe.seed,
             device=self.device,
             precision=self.precision,
+            place=self.place,
+            sharded=self.shard,
         )
         stage.sample_preview = LatentDiffusion(
             self._description(latents, scale, {}), autoencoder, stage.unet, population=population
         )
         summary = self._run(stage, minutes)
+        unet = stage.trained_unet()
+        if not self.place.leads:
+            return summary
         training = {
             "recipe": self.recipe.name,
             "seed": self.recipe.seed,
@@ -244,9 +276,7 @@ class _Run:
             "precision": self.precision,
             "versions": {"brainldm": brainldm.__version__, "torch": torch.__version__},
         }
-        model = LatentDiffusion(
-            self._description(latents, scale, training), autoencoder, stage.trained_unet(), population=population
-        )
+        model = LatentDiffusion(self._description(latents, scale, training), autoencoder, unet, population=population)
         save_model(self.out / "model", model)
         return summary
 
