@@ -61,11 +61,16 @@ class Findings:
     failures: tuple[Failure, ...]
     seconds: Mapping[str, float]
     instrument: str
+    held_out_only: bool = False
 
 
 @dataclass
 class Judge:
-    """One evaluation of the images `made` against those of `people`; results of single images are kept in `out`."""
+    """One evaluation of the images `made` against those of `people`; results of single images are kept in `out`.
+
+    With `held_out_only` the people compared with are those whom the model has not seen; copies are looked for among
+    those it has.
+    """
 
     made: ImageFolder
     people: ImageFolder | None
@@ -80,13 +85,14 @@ class Judge:
     spaces: Sequence[FeatureSpace] = ()
     tables: Mapping[str, Path] = field(default_factory=dict)  # volumes found elsewhere, by side
     cache: Path | None = None  # where results of single images are kept, if not in `out`
+    held_out_only: bool = False
     failures: list[Failure] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self, *, show_real: bool) -> Findings:
         begun = time.monotonic()
         # Which images, on which grid
-        sample = () if self.people is None else self.drawn(self.people.images, self.max_real, "real")
+        sample = () if self.people is None else self.drawn(self.compared_with(self.people), self.max_real, "real")
         grid = judging_grid([[image.path for image in side] for side in (self.made.images, sample)])
         if grid is None:
             raise BadInput(
@@ -136,10 +142,32 @@ class Judge:
         self.seconds["all"] = time.monotonic() - begun
         seconds = {name: round(value, 2) for name, value in self.seconds.items()}
         return Findings(
-            grid, synthetic, real, len(sample), tuple(rows), copies, tuple(self.failures), seconds, measured.instrument
+            grid,
+            synthetic,
+            real,
+            len(sample),
+            tuple(rows),
+            copies,
+            tuple(self.failures),
+            seconds,
+            measured.instrument,
+            self.held_out_only,
         )
 
     # ---- looking ----------------------------------------------------------------------------------------------------
+
+    def compared_with(self, people: ImageFolder) -> tuple[JudgedImage, ...]:
+        """The real images that may be drawn for the comparison of the two sets."""
+        if not self.held_out_only:
+            return people.images
+        if not people.held_out:
+            raise BadInput(
+                "nobody in it is marked as held out (split `validation` or `test` in participants.tsv).",
+                remedy="Name a prepared cohort, or compare with everybody.",
+                path=people.folder,
+                reason="nobody_held_out",
+            )
+        return people.held_out
 
     def drawn(self, images: Sequence[JudgedImage], limit: int, side: str) -> tuple[JudgedImage, ...]:
         """At most `limit` of the images, drawn at random, in their order."""
