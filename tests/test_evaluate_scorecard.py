@@ -343,7 +343,7 @@ def test_held_out_people_alone_can_be_compared_with(tmp_path: Path) -> None:
     made = write_synthetic(tmp_path / "made", volumes)
     people = write_cohort(tmp_path / "people", volumes, splits=["train"] * 4 + ["validation"] * 3 + ["test"] * 2)
     card = evaluate_dataset(
-        made, people, tmp_path / "out", measure=BlobMeasure(), features=(), pairs=10, held_out_only=True
+        made, people, tmp_path / "out", measure=BlobMeasure(), features=(), pairs=10, workers=1, held_out_only=True
     )
     assert (card.real.sampled, card.real.training, card.real.held_out) == (5, 4, 5)
     assert {cells["split"] for cells in read_table(tmp_path / "out" / "measured_reference.tsv").rows} == {
@@ -354,4 +354,6 @@ def test_held_out_people_alone_can_be_compared_with(tmp_path: Path) -> None:
     assert card.row("nearest_is_training").synthetic.n == 9
     seen = write_cohort(tmp_path / "seen", volumes, splits=["train"] * 9)
     with pytest.raises(BadInput, match="marked as held out"):
-        evaluate_dataset(made, seen, tmp_path / "no", measure=BlobMeasure(), features=(), pairs=10, held_out_only=True)
+        evaluate_dataset(
+            made, seen, tmp_path / "no", measure=BlobMeasure(), features=(), pairs=10, workers=1, held_out_only=True
+        )

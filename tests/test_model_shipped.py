@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from brainldm.generate.run import row_noise
 from brainldm.model.folder import find_model, load_model, read_description, save_model
 from brainldm.model.latent_population import LatentPopulation
 from brainldm.model.package import MOST_BYTES, package_model
-from test_cli import run
+from test_cli import COMMAND, run
 
 PERSON = Covariates(1, 60.0, 3e4, 1.45e6)
 
@@ -143,3 +145,14 @@ def test_the_shipped_model_makes_a_brain(shipped_demo: Path, tmp_path: Path) -> 
                  cwd=tmp_path)  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "out").glob("sub-*/anat/*.nii.gz"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_demo_takes_three_minutes(shipped_demo: Path, tmp_path: Path) -> None:
+    """On two cores that nothing else uses."""
+    begun = time.monotonic()
+    done = subprocess.run([*COMMAND, "demo", str(tmp_path / "out")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "report" / "index.html").is_file()
+    assert time.monotonic() - begun < 180

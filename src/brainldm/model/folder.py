@@ -50,16 +50,21 @@ _FLOAT16_LARGEST = torch.finfo(torch.float16).max
 
 
 def save_model(
-    folder: Path, model: LatentDiffusion | GanModel, *, weights_dtype: WeightsDtype = "float32"
+    folder: Path,
+    model: LatentDiffusion | GanModel,
+    *,
+    weights_dtype: WeightsDtype = "float32",
+    licence: str | None = None,
 ) -> LatentDiffusionDescription | GanDescription:
     """Writes the model folder; model.json last, so that a folder with a model.json is whole.
 
     With `weights_dtype` float16 it takes half the room, and is float32 again once loaded; UsageError, before anything
-    is written, for a weight beyond float16.
+    is written, for a weight beyond float16. `licence` replaces what the model states.
     """
     parts = {name: stored(tensors, weights_dtype, name) for name, tensors in tensors_of(model).items()}
     weights = {name: _save_weights(folder / name, tensors) for name, tensors in parts.items()}
-    description = model.description.model_copy(update={"weights": weights, "weights_dtype": weights_dtype})
+    stated = {"licence": model.description.licence if licence is None else licence}
+    description = model.description.model_copy(update={"weights": weights, "weights_dtype": weights_dtype} | stated)
     write_json(folder / DESCRIPTION_NAME, description.model_dump(mode="json"))
     return description
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from brainldm.base.errors import UsageError
@@ -49,11 +49,8 @@ def package_model(model: Path, out: Path, *, licence: str | None = None, most_by
             path=model,
             reason="too_large",
         )
-    if licence is not None:
-        described = loaded.description.model_copy(update={"licence": licence})
-        loaded = replace(loaded, description=described)  # type: ignore[arg-type]  # the same kind it was
     make_folder(out)
-    description = save_model(out, loaded, weights_dtype="float16")
+    description = save_model(out, loaded, weights_dtype="float16", licence=licence)
     rounding = max(
         float((tensor.half().float() - tensor).abs().max()) / max(1e-30, float(tensor.abs().max()))
         for tensors in parts.values()

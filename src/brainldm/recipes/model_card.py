@@ -385,7 +385,7 @@ def _extrapolation(
             for image, outcome in outcomes:
                 # What is no brain any more cannot be measured; that is a finding, not a failure.
                 values[by_file[image.file]] = None if isinstance(outcome, Exception) else outcome.values
-        position, sweeps = 0, {}
+        position, sweeps = 0, dict[str, Any]()
         for name, shares in figure_4().rows.items():
             some = range(position, position + len(shares))
             asked = [rows[i].covariates.as_array()[COVARIATES.index(name)] for i in some]

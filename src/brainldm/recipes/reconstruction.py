@@ -118,7 +118,7 @@ def reconstructions(
                     path=row.path,
                     reason="other_phantoms",
                 )
-            record = {
+            record: dict[str, Any] = {
                 "participant_id": row.participant_id,
                 "sha256": row.sha256,
                 "autoencoder": autoencoder,
