@@ -12,13 +12,13 @@ from brainldm.cohort.phantom_bids import MNI_NOTICE
 # Key of results.json, what it is, decimals.
 _LINES = (
     ("ventricles", "Ventricles, asked and measured: r", 3),
-    ("ventricles.slope", "the same: slope", 3),
+    ("ventricles.slope", "Ventricles: slope", 3),
     ("brain", "Brain volume, asked and measured: r", 3),
     ("age", "Age, asked and predicted: r", 3),
     ("sex", "Sex, asked and classified: area under the curve", 3),
     ("ms_ssim", "MS-SSIM between pairs: distance from held-out phantoms' own", 4),
     ("reconstruction", "Reconstruction of held-out phantoms: PSNR, dB", 1),
-    ("reconstruction.ssim", "the same: SSIM", 3),
+    ("reconstruction.ssim", "Reconstruction of held-out phantoms: SSIM", 3),
     ("extrapolation", "Figure 4: share of noises with monotone ventricles", 2),
 )
 _TARGETS = {
@@ -44,8 +44,8 @@ The first {{ shown }} of each side, none chosen by eye (seed {{ settings.seed }}
 
 ## What it reaches
 
-{{ settings.brains }} brains drawn from the model's joint distribution, against {{ settings.held_out }} phantoms that no
-training has seen. Intervals are 95 %.
+{{ settings.brains }} brains drawn from the model's joint distribution, against {{ settings.held_out }} phantoms that
+neither the model nor the predictors learnt from. Intervals are 95 %.
 
 | | found | target | | can be reached | the paper, on UK Biobank |
 |---|---|---|---|---|---|
@@ -54,11 +54,12 @@ training has seen. Intervals are 95 %.
 {% endfor %}
 {{ missed }}
 
-"Can be reached" is the figure of the instrument or predictor alone, on the held-out phantoms, whose recorded values are
-known. Volumes are found by {{ settings.instrument }}, {{ settings.sampler }} took {{ settings.steps }} steps. \
-MS-SSIM: {{ synthetic }} between generated brains, {{ real }} between held-out phantoms. Reconstruction: range 1 over
-the whole box, against the phantom without its noise; inside the head alone {{ in_head }} dB; the scan that goes in has
-{{ scan_itself }} dB itself. Nearer to a training image than anybody held out: {{ copies }} of the brains.
+- "Can be reached" is the figure of the instrument or predictor alone on the held-out phantoms, whose recorded values
+  are known. Volumes are found by {{ settings.instrument }}; {{ settings.sampler }} took {{ settings.steps }} steps.
+- MS-SSIM between generated brains: {{ synthetic }}; between held-out phantoms: {{ real }}.
+- Reconstruction is against the phantom without its noise, range 1, over the whole box. Inside the head alone: PSNR
+  {{ in_head }} dB. The scan that goes in: {{ scan_itself }} dB.
+- Brains nearer to a training image than anybody held out, as a share: {{ copies }}.
 
 ![Beyond what training covered](extrapolation.png)
 
