@@ -368,34 +368,36 @@ def _extrapolation(
 ) -> dict[str, Any]:
     """Figure 4 from NOISES noises: in how many the volume found grows with the volume asked, beyond what training
     covered."""
-    noises: list[dict[str, Any]] = []
-    marked = True
+    images: list[JudgedImage] = []
     for number in range(NOISES):
         folder = out / f"noise-{number}"
         # What is empty beyond training is a finding too: it has no image, and so no volume.
         with contextlib.suppress(PartialFailure):
             make_figure(4, model, folder, seed=seed + number, progress=progress)
+        for row in read_plan(folder / "plan.tsv"):
+            images.append(JudgedImage(row.participant_id, folder / image_name(row), image_name(row)))
+    values: dict[Path, Mapping[str, float]] = {}
+    progress.start("measuring brains beyond training", len(images))
+    with contextlib.closing(
+        each_in_a_pool(partial(measure_one, instrument=instrument), images, workers=workers)
+    ) as outcomes:
+        for image, outcome in outcomes:
+            # What is no brain any more cannot be measured; that is a finding, not a failure.
+            if not isinstance(outcome, Exception):
+                values[image.path] = outcome.values
+            progress.advance()
+    noises: list[dict[str, Any]] = []
+    marked = True
+    for number in range(NOISES):
+        folder = out / f"noise-{number}"
         table, rows = read_table(folder / "plan.tsv"), read_plan(folder / "plan.tsv")
-        images = [JudgedImage(row.participant_id, folder / image_name(row), image_name(row)) for row in rows]
-        by_file = {image.file: position for position, image in enumerate(images)}
-        values: list[Mapping[str, float] | None] = [None] * len(rows)
-        with contextlib.closing(
-            each_in_a_pool(partial(measure_one, instrument=instrument), images, workers=workers)
-        ) as outcomes:
-            for image, outcome in outcomes:
-                # What is no brain any more cannot be measured; that is a finding, not a failure.
-                values[by_file[image.file]] = None if isinstance(outcome, Exception) else outcome.values
         position, sweeps = 0, dict[str, Any]()
         for name, shares in figure_4().rows.items():
             some = range(position, position + len(shares))
-            asked = [rows[i].covariates.as_array()[COVARIATES.index(name)] for i in some]
-            measured = [None if (v := values[i]) is None else v.get(name) for i in some]
+            asked = [float(rows[i].covariates.as_array()[COVARIATES.index(name)]) for i in some]
+            measured = [values.get(folder / image_name(rows[i]), {}).get(name) for i in some]
             marked = marked and all(name in table.rows[i]["extrapolated"].split(",") for i in some)
-            sweeps[name] = {
-                "asked_mm3": [float(value) for value in asked],
-                "measured_mm3": measured,
-                "monotone": is_monotone(asked, measured),
-            }
+            sweeps[name] = {"asked_mm3": asked, "measured_mm3": measured, "monotone": is_monotone(asked, measured)}
             position += len(shares)
         noises.append({"seed": seed + number, **sweeps})
     shares_of = {
