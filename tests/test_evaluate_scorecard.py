@@ -351,7 +351,7 @@ def test_held_out_people_alone_can_be_compared_with(tmp_path: Path) -> None:
         "test",
     }
     assert any("are 5 of the 5 held out" in warning for warning in card.warnings)
-    assert card.row("nearest_is_training").synthetic.n == 9
+    assert card.row("nearest_training_rmse").synthetic.n == 9
     seen = write_cohort(tmp_path / "seen", volumes, splits=["train"] * 9)
     with pytest.raises(BadInput, match="marked as held out"):
         evaluate_dataset(

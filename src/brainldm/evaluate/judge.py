@@ -378,7 +378,8 @@ class Judge:
         """The images with their sketches, in blocks; those not looked at yet are looked at, so that the images of a
         large cohort are never all in memory."""
         known = {look.image.file: look for look in real.images if look.sketch is not None}
-        yield [known[image.file] for image in images if image.file in known]
+        if there := [known[image.file] for image in images if image.file in known]:
+            yield there
         failed = {failure.file for failure in self.failures if failure.side == "real"}
         rest = [image for image in images if image.file not in known and image.file not in failed]
         for start in range(0, len(rest), MAX_SKETCHED):
@@ -386,7 +387,8 @@ class Judge:
             files = {image.file for image in block}
             found = examine(block, side, grid, sketched=files, workers=self.workers, progress=self.progress)
             self.failures += found.failures
-            yield list(found.images)
+            if found.images:
+                yield list(found.images)
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
