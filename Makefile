@@ -1,11 +1,11 @@
-# make demo, make test, make check, make bench, make bench-judge, make wheel. Everything lands in .venv, which is made on the first call.
+# make demo, make demo-train, make test, make check, make bench, make bench-judge, make wheel. Everything lands in .venv, which is made on the first call.
 # brainldm itself is the command; make is only the doorman.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check bench bench-judge wheel clean
+.PHONY: setup demo demo-train test check bench bench-judge wheel clean
 
 setup: $(STAMP)
 
@@ -17,6 +17,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/brainldm demo demo
+
+demo-train: $(STAMP)
+	$(BIN)/brainldm demo demo-train --train
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -37,4 +40,4 @@ wheel: $(STAMP)
 	$(BIN)/python -m build --wheel --outdir dist
 
 clean:
-	rm -rf $(VENV) dist demo
+	rm -rf $(VENV) dist demo demo-train

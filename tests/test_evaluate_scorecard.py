@@ -356,3 +356,25 @@ def test_pictures_of_an_earlier_call_go(folders: tuple[Path, Path], tmp_path: Pa
     assert "sha256" in index["synthetic"][0] and "sha256" not in index["real"][0]
     judge(*folders, tmp_path, show_real=False)
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["figures.json", "synthetic.png"]
+
+
+def test_held_out_people_alone_can_be_compared_with(tmp_path: Path) -> None:
+    """The two sets are compared without the training people, who stay those among whom copies are looked for."""
+    volumes = [20_000.0 + 1_000 * i for i in range(9)]
+    made = write_synthetic(tmp_path / "made", volumes)
+    people = write_cohort(tmp_path / "people", volumes, splits=["train"] * 4 + ["validation"] * 3 + ["test"] * 2)
+    card = evaluate_dataset(
+        made, people, tmp_path / "out", measure=BlobMeasure(), features=(), pairs=10, workers=1, held_out_only=True
+    )
+    assert (card.real.sampled, card.real.training, card.real.held_out) == (5, 4, 5)
+    assert {cells["split"] for cells in read_table(tmp_path / "out" / "measured_reference.tsv").rows} == {
+        "validation",
+        "test",
+    }
+    assert any("are 5 of the 5 held out" in warning for warning in card.warnings)
+    assert card.row("nearest_training_rmse").synthetic.n == 9
+    seen = write_cohort(tmp_path / "seen", volumes, splits=["train"] * 9)
+    with pytest.raises(BadInput, match="marked as held out"):
+        evaluate_dataset(
+            made, seen, tmp_path / "no", measure=BlobMeasure(), features=(), pairs=10, workers=1, held_out_only=True
+        )

@@ -45,19 +45,37 @@ def demo(
     out: Path,
     /,
     *,
-    people: Annotated[int, Parameter(help="Phantom people to make and train on.")] = 64,
+    train: Annotated[
+        bool, Parameter(help="Train a small model on phantoms first, instead of the shipped one.", negative="")
+    ] = False,
+    people: Annotated[int | None, Parameter(help="With --train: phantoms to make and train on (64).")] = None,
+    minutes: Annotated[float | None, Parameter(help="With --train: longest time of the trainings (6.5).")] = None,
     seed: int = 0,
-    minutes: Annotated[float, Parameter(help="Longest time for both trainings together.")] = 6.5,
     workers: Workers = 2,
 ) -> None:
-    """The whole way on a made-up population: phantoms, both trainings, 16 brains, their evaluation, a page to look at.
+    """24 brains by the model that comes with brainldm, their evaluation against phantoms, and a page to look at.
 
-    OUT is the folder to write. The same command goes on with an interrupted demo.
+    OUT is the folder to write. The same command goes on with an interrupted demo. With --train the whole way is shown:
+    a made-up population, its cohort, both trainings, 16 brains, evaluation and page.
     """
-    from brainldm.recipes.whole_way import run_demo
+    from brainldm.base.errors import UsageError
+    from brainldm.recipes.whole_way import run_demo, run_demo_training
 
+    if not train and (people is not None or minutes is not None):
+        raise UsageError("--people and --minutes are of the training.", remedy="Add --train, or leave them out.")
     with _progress() as progress:
-        run_demo(out, people=people, seed=seed, minutes=minutes, workers=workers, progress=progress, say=_say)
+        if not train:
+            run_demo(out, seed=seed, workers=workers, progress=progress, say=_say)
+            return
+        run_demo_training(
+            out,
+            people=64 if people is None else people,
+            seed=seed,
+            minutes=6.5 if minutes is None else minutes,
+            workers=workers,
+            progress=progress,
+            say=_say,
+        )
 
 
 @app.command
@@ -448,6 +466,51 @@ def table1(
 
 
 @app.command
+def card(
+    model: Path,
+    cohort: Path,
+    out: Path,
+    /,
+    *,
+    age: Annotated[Path, Parameter(help="A run of `brainldm train age` on the cohort.")],
+    sex: Annotated[Path, Parameter(help="A run of `brainldm train sex` on the cohort.")],
+    phantoms: Annotated[Path, Parameter(help="The phantom study that the cohort was prepared from.")],
+    n: Annotated[int, Parameter(help="Brains to make and judge.")] = 200,
+    reconstructed: Annotated[int, Parameter(help="Most held-out phantoms to reconstruct (4 s each at 2 mm).")] = 40,
+    pairs: Annotated[int, Parameter(help="Random pairs for the diversity figures.")] = 1000,
+    seed: int = 0,
+    workers: Workers = 1,
+) -> None:
+    """The card of a model of phantoms: what it reaches against people it has not seen, as results.json and README.md.
+
+    The same command goes on with an interrupted one.
+    """
+    from brainldm.recipes.model_card import make_card
+
+    with _progress() as progress:
+        results = make_card(
+            model,
+            cohort,
+            out,
+            age=age,
+            sex=sex,
+            phantoms=phantoms,
+            n=n,
+            reconstructed=reconstructed,
+            pairs=pairs,
+            seed=seed,
+            workers=workers,
+            progress=progress,
+            say=_say,
+        )
+    for name, found in results.items():
+        if isinstance(found, dict) and "met" in found:
+            shown = "none" if found["value"] is None else f"{found['value']:.4g}"
+            _say(f"{name}: {shown}, {found['target']}: {'met' if found['met'] else 'missed'}")
+    _say(f"The card is {out / 'README.md'}.")
+
+
+@app.command
 def samplers(
     model: Path,
     out: Path,
@@ -496,6 +559,25 @@ def export_monai(
 
     for path in run_export(model, out, layout):
         _say(f"Wrote {path}")
+
+
+@export_app.command(name="package")
+def export_package(
+    model: Path,
+    out: Path,
+    /,
+    *,
+    licence: Annotated[str | None, Parameter(help="The licence of the weights, where the model states none.")] = None,
+) -> None:
+    """A model becomes one to ship: weights in float16, at most 25 MB. It is used as any other model folder."""
+    from brainldm.model.package import package_model
+
+    packed = package_model(model, out, licence=licence)
+    _say(
+        f"{out} takes {packed.bytes / 1e6:.1f} MB; rounding changed no weight by more than {packed.rounding:.2g} "
+        "of its tensor's largest."
+    )
+    _say(f"Next: brainldm card {out} COHORT CARD --age AGE --sex SEX --phantoms STUDY")
 
 
 @fetch_app.command(name="ukb")
@@ -549,6 +631,9 @@ def evaluate(
     ] = None,
     real_volumes: Annotated[Path | None, Parameter(help="The same of the real people.")] = None,
     max_real: Annotated[int, Parameter(help="Most real people to measure; copies are looked for among all.")] = 200,
+    held_out: Annotated[
+        bool, Parameter(help="Compare with held-out people alone; copies are looked for as always.", negative="")
+    ] = False,
     hide_real: Annotated[bool, Parameter(help="Show no slice of a real person on the page.", negative="")] = False,
     seed: int = 0,
     workers: Workers = 1,
@@ -572,6 +657,7 @@ def evaluate(
             features=features or ("random",),
             volumes=None if volumes is None and real_volumes is None else (volumes, real_volumes),
             show_real=not hide_real,
+            held_out_only=held_out,
             progress=progress,
         )
     _say(scorecard.as_text())

@@ -9,15 +9,20 @@ from brainldm.base.errors import BadInput
 from brainldm.base.files import read_json, sha256_of
 from brainldm.base.manifest import Manifest
 from brainldm.base.nifti import read_nifti
+from brainldm.base.shipped import shipped_folder, shipped_name
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """The kind of thing at `path` and its main facts, as plain JSON content. BadInput when it is nothing we know."""
+    """The kind of thing at `path` and its main facts, as plain JSON content; or of the shipped model of that name.
+    BadInput when it is nothing we know."""
     if path.is_file():
         return _scan(path)
     for marker, teller in _TELLERS.items():
         if (path / marker).is_file():
             return teller(path)
+    named = shipped_name(path)
+    if named is not None:
+        return _model(shipped_folder(named))
     if not path.exists():
         raise BadInput("there is no such file or folder.", path=path, reason="missing")
     raise BadInput(
@@ -49,7 +54,7 @@ def _model(path: Path) -> dict[str, Any]:
         else "missing or changed"
         for name, facts in content.get("weights", {}).items()
     }
-    shown = ("name", "format_version", "target", "latent", "grid", "covariates", "training", "licence")
+    shown = ("name", "format_version", "target", "latent", "grid", "covariates", "training", "licence", "weights_dtype")
     return {"kind": f"model ({content.get('kind')})", "weights": weights} | {k: content.get(k) for k in shown}
 
 

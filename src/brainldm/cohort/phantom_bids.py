@@ -50,7 +50,7 @@ _ONE_ANATOMY = """all share one anatomy, with the smooth sulci of an average bra
 vary far more in people."""
 _SOME_ANATOMIES = """they share the folding of a few label maps; pathology and scanners vary far more in people."""
 # The template's terms ask that this notice go with what is made from it.
-_MNI_NOTICE = """The anatomy is that of the ICBM 152 Nonlinear Symmetric template 2009a (Fonov et al. 2009), as
+MNI_NOTICE = """The anatomy is that of the ICBM 152 Nonlinear Symmetric template 2009a (Fonov et al. 2009), as
 distributed with nilearn: Copyright (C) 1993-2009 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological
 Institute, McGill University."""
 _LABELS_NOTICE = "The terms of the label maps apply to the images made from them."
@@ -61,7 +61,7 @@ def write_descriptions(
 ) -> None:
     """Writes everything but the images, after them: a study that was interrupted is not mistaken for a whole one."""
     name = f"Phantom brains, seed {seed}, {grid.voxel_mm:g} mm"
-    notice = _LABELS_NOTICE if from_labels else _MNI_NOTICE
+    notice = _LABELS_NOTICE if from_labels else MNI_NOTICE
     readme = _README.format(
         name=name,
         source="label maps" if from_labels else "one template",

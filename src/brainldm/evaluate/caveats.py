@@ -41,7 +41,12 @@ def caveats(made: ImageFolder, people: ImageFolder | None, found: Findings) -> t
                 f"{searched} of {len(found.synthetic.images)} synthetic images, drawn at random, were searched for "
                 "copies and compared as a set in grey values."
             )
-        if found.sampled < len(people.images):
+        if found.held_out_only:
+            said.append(
+                f"The people compared with are {found.sampled} of the {len(people.held_out)} held out; the "
+                f"{len(people.training)} trained on only serve the search for copies."
+            )
+        elif found.sampled < len(people.images):
             said.append(f"{found.sampled} of {len(people.images)} real images, drawn at random, stand for all of them.")
     said += _of_images("synthetic", found.synthetic)
     if people is not None:

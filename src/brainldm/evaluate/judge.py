@@ -62,11 +62,16 @@ class Findings:
     seconds: Mapping[str, float]
     instrument: str
     hard_to_measure: Mapping[str, int] = field(default_factory=dict)
+    held_out_only: bool = False
 
 
 @dataclass
 class Judge:
-    """One evaluation of the images `made` against those of `people`; results of single images are kept in `out`."""
+    """One evaluation of the images `made` against those of `people`; results of single images are kept in `out`.
+
+    With `held_out_only` the people compared with are those whom the model has not seen; copies are looked for among
+    those it has.
+    """
 
     made: ImageFolder
     people: ImageFolder | None
@@ -81,13 +86,14 @@ class Judge:
     spaces: Sequence[FeatureSpace] = ()
     tables: Mapping[str, Path] = field(default_factory=dict)  # volumes found elsewhere, by side
     cache: Path | None = None  # where results of single images are kept, if not in `out`
+    held_out_only: bool = False
     failures: list[Failure] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self, *, show_real: bool) -> Findings:
         begun = time.monotonic()
         # Which images, on which grid
-        sample = () if self.people is None else self.drawn(self.people.images, self.max_real, "real")
+        sample = () if self.people is None else self.drawn(self.compared_with(self.people), self.max_real, "real")
         grid = judging_grid([[image.path for image in side] for side in (self.made.images, sample)])
         if grid is None:
             raise BadInput(
@@ -147,9 +153,23 @@ class Judge:
             seconds,
             measured.instrument,
             {"synthetic": measured.poor(synthetic.images), "real": measured_real.poor(real.images)},
+            self.held_out_only,
         )
 
     # ---- looking ----------------------------------------------------------------------------------------------------
+
+    def compared_with(self, people: ImageFolder) -> tuple[JudgedImage, ...]:
+        """The real images that may be drawn for the comparison of the two sets."""
+        if not self.held_out_only:
+            return people.images
+        if not people.held_out:
+            raise BadInput(
+                "nobody in it is marked as held out (split `validation` or `test` in participants.tsv).",
+                remedy="Name a prepared cohort, or compare with everybody.",
+                path=people.folder,
+                reason="nobody_held_out",
+            )
+        return people.held_out
 
     def drawn(self, images: Sequence[JudgedImage], limit: int, side: str) -> tuple[JudgedImage, ...]:
         """At most `limit` of the images, drawn at random, in their order."""
@@ -360,7 +380,8 @@ class Judge:
         """The images with their sketches, in blocks; those not looked at yet are looked at, so that the images of a
         large cohort are never all in memory."""
         known = {look.image.file: look for look in real.images if look.sketch is not None}
-        yield [known[image.file] for image in images if image.file in known]
+        if there := [known[image.file] for image in images if image.file in known]:
+            yield there
         failed = {failure.file for failure in self.failures if failure.side == "real"}
         rest = [image for image in images if image.file not in known and image.file not in failed]
         for start in range(0, len(rest), MAX_SKETCHED):
@@ -368,7 +389,8 @@ class Judge:
             files = {image.file for image in block}
             found = examine(block, side, grid, sketched=files, workers=self.workers, progress=self.progress)
             self.failures += found.failures
-            yield list(found.images)
+            if found.images:
+                yield list(found.images)
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:

@@ -129,13 +129,15 @@ def evaluate_dataset(
     features: Sequence[str] = ("random",),
     volumes: tuple[str | Path | None, str | Path | None] | None = None,
     show_real: bool = True,
+    held_out_only: bool = False,
     cache: Path | None = None,
     progress: Progress = Quiet(),  # noqa: B008  # stateless
 ) -> Scorecard:
     """Judges the images in `synth` against those in `real`, writes everything below `out` and returns the scorecard.
 
     `measure` finds volumes in images (by default the one without trained weights). At most `max_real` real images,
-    drawn at random, are measured and compared as a set; the search for copies looks at every training image. `runs` is
+    drawn at random, are measured and compared as a set (with `held_out_only` among those that the folder marks as held
+    out); the search for copies looks at every training image. `runs` is
     a training run whose curves go along; `predictors` are folders of trained predictors of age and sex; `features` name
     the spaces in which sets are compared (networks.space_named). `volumes` are tables of SynthSeg or FreeSurfer for the
     synthetic and the real images, instead of `measure`. What is found in single images is kept in `cache` (default:
@@ -160,6 +162,7 @@ def evaluate_dataset(
         features=features,
         volumes=volumes,
         show_real=show_real,
+        held_out_only=held_out_only,
         cache=cache,
         progress=progress,
     )
@@ -180,6 +183,7 @@ def evaluate_folders(
     features: Sequence[str] = ("random",),
     volumes: tuple[str | Path | None, str | Path | None] | None = None,
     show_real: bool = True,
+    held_out_only: bool = False,
     cache: Path | None = None,
     progress: Progress = Quiet(),  # noqa: B008  # stateless
 ) -> Scorecard:
@@ -202,6 +206,7 @@ def evaluate_folders(
         feature_spaces(features),
         _volume_tables(volumes, people is not None),
         cache,
+        held_out_only,
     )
     with locked_folder(out):
         found = judge.run(show_real=show_real)
@@ -225,6 +230,7 @@ def _scorecard(judge: Judge, found: Findings) -> Scorecard:
         "features": [space.name for space in judge.spaces],
         "pairs": judge.pairs,
         "max_real": judge.max_real,
+        "held_out_only": judge.held_out_only,
         "ms_ssim": {
             "kernel": KERNEL,
             "sigma_voxels": SIGMA_VOXELS,

@@ -23,6 +23,7 @@ AUTOENCODER_NAME = "autoencoder.safetensors"
 UNET_NAME = "unet.safetensors"
 POPULATION_NAME = "latent_population.safetensors"
 GENERATOR_NAME = "generator.safetensors"
+WeightsDtype = Literal["float32", "float16"]  # as stored; loaded, both are float32
 
 
 class Strict(BaseModel):
@@ -172,6 +173,7 @@ class ModelDescription(Strict):
     quality: dict | None = None  # what training images look like in a few figures (cohort/quality.py), for --gate
     licence: str
     weights: dict[str, WeightsFile]
+    weights_dtype: WeightsDtype = "float32"
 
     @property
     def identity(self) -> str:

@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from brainldm.base.covariates import COVARIATES
-from brainldm.base.errors import BadInput
+from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.files import read_json, sha256_of, write_json
+from brainldm.base.shipped import shipped_folder, shipped_name
 from brainldm.model.description import (
     AUTOENCODER_NAME,
     FORMAT_VERSION,
@@ -29,6 +30,7 @@ from brainldm.model.description import (
     UNET_NAME,
     GanDescription,
     LatentDiffusionDescription,
+    WeightsDtype,
     WeightsFile,
 )
 from brainldm.model.gan import GanModel
@@ -44,20 +46,50 @@ from brainldm.nets.unet import DiffusionUNet
 
 DESCRIPTION_NAME = "model.json"
 _REMEDY = "Copy the model folder again, whole."
+_FLOAT16_LARGEST = torch.finfo(torch.float16).max
 
 
-def save_model(folder: Path, model: LatentDiffusion | GanModel) -> LatentDiffusionDescription | GanDescription:
-    """Writes the model folder; model.json last, so that a folder with a model.json is whole."""
-    if isinstance(model, GanModel):
-        parts: dict[str, torch.nn.Module] = {GENERATOR_NAME: model.generator}
-    else:
-        parts = {AUTOENCODER_NAME: model.autoencoder, UNET_NAME: model.unet}
-    weights = {name: _save_weights(folder / name, module.state_dict()) for name, module in parts.items()}
-    if isinstance(model, LatentDiffusion) and model.population is not None:
-        weights[POPULATION_NAME] = _save_weights(folder / POPULATION_NAME, model.population.tensors())
-    description = model.description.model_copy(update={"weights": weights})
+def save_model(
+    folder: Path,
+    model: LatentDiffusion | GanModel,
+    *,
+    weights_dtype: WeightsDtype = "float32",
+    licence: str | None = None,
+) -> LatentDiffusionDescription | GanDescription:
+    """Writes the model folder; model.json last, so that a folder with a model.json is whole.
+
+    With `weights_dtype` float16 it takes half the room, and is float32 again once loaded; UsageError, before anything
+    is written, for a weight beyond float16. `licence` replaces what the model states.
+    """
+    parts = {name: stored(tensors, weights_dtype, name) for name, tensors in tensors_of(model).items()}
+    weights = {name: _save_weights(folder / name, tensors) for name, tensors in parts.items()}
+    stated = {"licence": model.description.licence if licence is None else licence}
+    description = model.description.model_copy(update={"weights": weights, "weights_dtype": weights_dtype} | stated)
     write_json(folder / DESCRIPTION_NAME, description.model_dump(mode="json"))
     return description
+
+
+def tensors_of(model: LatentDiffusion | GanModel) -> dict[str, dict[str, torch.Tensor]]:
+    """Everything of a model that is stored as tensors, by file."""
+    if isinstance(model, GanModel):
+        return {GENERATOR_NAME: model.generator.state_dict()}
+    parts = {AUTOENCODER_NAME: model.autoencoder.state_dict(), UNET_NAME: model.unet.state_dict()}
+    return parts if model.population is None else parts | {POPULATION_NAME: model.population.tensors()}
+
+
+def stored(tensors: Mapping[str, torch.Tensor], dtype: WeightsDtype, file: str) -> dict[str, torch.Tensor]:
+    """The tensors as a file keeps them; UsageError where a number of them has no neighbour in float16."""
+    if dtype == "float32":
+        return dict(tensors)
+    for name, tensor in tensors.items():
+        # Not a number counts as too large: it would be found only when the model is loaded.
+        if tensor.numel() and not float(tensor.detach().abs().max()) <= _FLOAT16_LARGEST:
+            raise UsageError(
+                f"{name} of {file} holds {float(tensor.detach().abs().max()):g}; float16 ends at {_FLOAT16_LARGEST:g}.",
+                remedy="Keep this model in float32.",
+                reason="float16_range",
+            )
+    return {name: tensor.detach().to(torch.float16) for name, tensor in tensors.items()}
 
 
 def _save_weights(path: Path, tensors: Mapping[str, torch.Tensor]) -> WeightsFile:
@@ -66,7 +98,11 @@ def _save_weights(path: Path, tensors: Mapping[str, torch.Tensor]) -> WeightsFil
 
 
 def find_model(path: Path) -> Path:
-    """The model folder at `path`, or in the `model` folder of a training run at `path`."""
+    """The model folder at `path`, or in the `model` folder of a training run at `path`; or the shipped model of that
+    name, where nobody made a model at the path."""
+    named = shipped_name(path)
+    if named is not None:
+        return shipped_folder(named)
     for folder in (path, path / "model"):
         if (folder / DESCRIPTION_NAME).is_file():
             return folder
@@ -232,7 +268,8 @@ def _prove(path: Path, expected: WeightsFile | None) -> None:
 
 
 def _fill(path: Path, module: torch.nn.Module, device: torch.device, half: Collection[str] = ()) -> None:
-    """Reads the tensors of `path` into a module on the meta device, those named in `half` in bfloat16.
+    """Reads the tensors of `path` into a module on the meta device: those named in `half` in bfloat16, the others in
+    float32 where the file keeps them in float16.
 
     One at a time: a file of gigabytes is never in memory twice. Convolutions lie channels last, which they are fastest
     in.
@@ -254,9 +291,8 @@ def _fill(path: Path, module: torch.nn.Module, device: torch.device, half: Colle
         with safe_open(path, framework="pt") as file:  # opened anew: closing it gives its pages back
             tensor = file.get_tensor(name)
             layout = torch.channels_last_3d if len(shape) == 5 else torch.contiguous_format
-            tensor = tensor.to(
-                device, torch.bfloat16 if name in half else tensor.dtype, copy=True, memory_format=layout
-            )
+            wanted = torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+            tensor = tensor.to(device, torch.bfloat16 if name in half else wanted, copy=True, memory_format=layout)
         if not torch.isfinite(tensor).all():
             raise BadInput("holds weights that are not finite numbers.", remedy=_REMEDY, path=path, reason="nan")
         owner, _, parameter = name.rpartition(".")

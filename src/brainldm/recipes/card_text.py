@@ -1,0 +1,199 @@
+"""The model card as people read it, written from results.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from brainldm.cohort.phantom_bids import MNI_NOTICE
+
+# Key of results.json, what it is, decimals.
+_LINES = (
+    ("ventricles", "Ventricles, asked and measured: r", 3),
+    ("ventricles.slope", "Ventricles: slope", 3),
+    ("brain", "Brain volume, asked and measured: r", 3),
+    ("age", "Age, asked and predicted: r", 3),
+    ("sex", "Sex, asked and classified: area under the curve", 3),
+    ("ms_ssim", "MS-SSIM between pairs: distance from held-out phantoms' own", 4),
+    ("reconstruction", "Reconstruction of held-out phantoms: PSNR, dB", 1),
+    ("reconstruction.ssim", "Reconstruction of held-out phantoms: SSIM", 3),
+    ("extrapolation", "Figure 4: share of noises with monotone ventricles", 2),
+)
+_TARGETS = {
+    "ventricles": "at least 0.98",
+    "ventricles.slope": "0.95 to 1.05",
+    "reconstruction": "at least 32",
+    "reconstruction.ssim": "at least 0.95",
+}
+
+_TEMPLATE = """\
+# {{ name }}
+
+A latent diffusion model of three-dimensional T1-weighted brain images ({{ shape }} voxels of {{ voxel }} mm), told sex,
+age, ventricular volume and brain volume. Its brains belong to nobody.
+
+**It was trained on phantoms, not on people**: one template anatomy with smooth sulci, deformed, aged and painted from
+random numbers. The figures below prove the machinery. They say nothing about clinical realism: folding, pathology and
+scanners vary far more in people. **Not for clinical use.**
+
+![Held-out phantoms and generated brains](mosaic.png)
+
+The first {{ shown }} of each side, none chosen by eye (seed {{ settings.seed }}).
+
+## What it reaches
+
+{{ settings.brains }} brains drawn from the model's joint distribution, against {{ settings.held_out }} phantoms that
+neither the model nor the predictors learnt from. Intervals are 95 %.
+
+| | found | target | | can be reached | the paper, on UK Biobank |
+|---|---|---|---|---|---|
+{% for line in lines -%}
+| {{ line.what }} | {{ line.found }} | {{ line.target }} | {{ line.met }} | {{ line.alone }} | {{ line.paper }} |
+{% endfor %}
+{{ missed }}
+
+- "Can be reached" is the figure of the instrument or predictor alone on the held-out phantoms, whose recorded values
+  are known. Volumes are found by {{ settings.instrument }}; {{ settings.sampler }} took {{ settings.steps }} steps.
+- MS-SSIM between generated brains: {{ synthetic }}; between held-out phantoms: {{ real }}.
+- Reconstruction is against the phantom without its noise, range 1, over the whole box. Inside the head alone: PSNR
+  {{ in_head }} dB. The scan that goes in: {{ scan_itself }} dB.
+- Brains nearer to a training image than anybody held out, as a share: {{ copies }}.
+
+![Beyond what training covered](extrapolation.png)
+
+## What it is
+
+| | |
+|---|---|
+| parameters | {{ parameters }} |
+| weights | {{ megabytes }} MB, {{ model.weights_dtype }} (float32 in memory), {{ model.id }} |
+| training | {{ trained }} |
+| people | {{ training.training_images }} phantoms trained on, {{ settings.held_out }} held out (phantom seed \
+{{ settings.phantom_seed }}) |
+| ranges | {{ ranges }} |
+| speed | {{ speed_told }} |
+
+## Make it again
+
+```sh
+{{ commands }}
+```
+
+{{ by_time }}
+## Use it
+
+```sh
+brainldm generate {{ called }} OUT --n 8 --age 70 --sex F --ventricles 40ml
+```
+
+## Licence
+
+{{ licence }}. The weights are derived from phantoms made of a template, whose terms ask for this notice:
+
+> {{ notice }}
+"""
+
+
+def card_text(results: Mapping[str, Any]) -> str:
+    """Markdown. Every number in it comes from `results`."""
+    model, training, speed = results["model"], results["training"], results["speed"]
+    grid = model["grid"]
+    stages = training["stages"]
+    by_time = [
+        f"Training `{stage}` ended by time, after {facts['steps']} of {facts['planned_steps']} planned steps: the "
+        "learning rate had not come to its end."
+        for stage, facts in stages.items()
+        if facts.get("steps") and facts.get("planned_steps") and facts["steps"] < facts["planned_steps"]
+    ]
+    lines = [_line(results, *line) for line in _LINES]
+    missed = [line["what"] for line in lines if line["met"] == "**missed**"]
+    return (
+        Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # Markdown
+        .from_string(_TEMPLATE)
+        .render(
+            **{key: results[key] for key in ("model", "training", "settings")},
+            name=model["name"],
+            called="demo" if training["recipe"] == "demo" else "MODEL",
+            shape=" x ".join(map(str, grid["shape_XYZ"])),
+            voxel=f"{grid['voxel_mm']:g}",
+            shown=min(12, results["settings"]["brains"]),
+            lines=lines,
+            missed=f"Missed: {'; '.join(missed)}." if missed else "Every target is met.",
+            synthetic=_value(results["ms_ssim"]["synthetic"], 3),
+            real=_value(results["ms_ssim"]["held_out"], 3),
+            in_head=_value(results["reconstruction"]["in_head"], 1),
+            scan_itself=_value(results["reconstruction"]["scan_itself"], 1),
+            copies=_value(results["copies"], 3),
+            parameters=", ".join(f"{what.replace('_', ' ')} {count:,}" for what, count in model["parameters"].items()),
+            megabytes=f"{model['weights_bytes'] / 1e6:.1f}",
+            trained=f"recipe `{training['recipe']}`, "
+            + "; ".join(f"{stage} {_stage(facts)}" for stage, facts in stages.items()),
+            ranges=_ranges(model["ranges"]),
+            speed_told=_speed(speed),
+            commands="\n".join(results["commands"]),
+            by_time="".join(f"{sentence}\n" for sentence in by_time),
+            licence=model["licence"] or "The model states no licence of its own",
+            notice=MNI_NOTICE.replace("\n", "\n> "),
+        )
+    )
+
+
+def _line(results: Mapping[str, Any], key: str, what: str, decimals: int) -> dict[str, str]:
+    name, _, part = key.partition(".")
+    whole = results[name]
+    entry = whole[part] if part else whole
+    met = entry.get("met", False)
+    if key == "ventricles":  # its `met` is that of r and slope together, and the slope has a line of its own
+        met = entry["value"] is not None and entry["value"] >= 0.98
+    if key == "reconstruction":
+        met = entry["value"] is not None and entry["value"] >= 32
+    return {
+        "what": what,
+        "found": _value(entry, decimals),
+        "target": _TARGETS.get(key, whole["target"]),
+        "met": "met" if met else "**missed**",
+        "alone": _value(entry["alone"], decimals) if "alone" in entry else "",
+        "paper": "" if part else _paper(whole.get("paper")),
+    }
+
+
+def _value(entry: Mapping[str, Any], decimals: int) -> str:
+    if entry["value"] is None:
+        return f"none ({entry.get('reason', 'not found')})"
+    interval = entry["interval_95"]
+    told = "" if interval is None else f", {interval[0]:.{decimals}f} to {interval[1]:.{decimals}f}"
+    return f"{entry['value']:.{decimals}f} (n = {entry['n']}{told})"
+
+
+def _paper(paper: object) -> str:
+    if isinstance(paper, Mapping):
+        return ", ".join(f"{value} ({how})" for how, value in paper.items())
+    return "not reported" if paper is None else str(paper)
+
+
+def _stage(facts: Mapping[str, Any]) -> str:
+    seconds = facts.get("seconds")
+    return f"{facts.get('steps')} steps" + ("" if seconds is None else f" in {seconds / 60:.0f} min")
+
+
+def _ranges(ranges: Mapping[str, Any]) -> str:
+    told = []
+    for name, (low, high) in ranges.items():
+        if name.endswith("_mm3"):
+            told.append(f"{name.removesuffix('_mm3')} {low / 1000:.0f} to {high / 1000:.0f} mL")
+        else:
+            told.append(f"{name.removesuffix('_years')} {low:.0f} to {high:.0f} years")
+    return ", ".join(told)
+
+
+def _speed(speed: Mapping[str, Any]) -> str:
+    if speed["seconds_a_brain"] is None:
+        return "not timed"
+    machine = speed["machine"]
+    where = machine["processor"] or machine["device"]
+    return (
+        f"{speed['seconds_a_brain']:.2f} s a brain, {speed['batch']} at a time, {speed['precision']}, "
+        f"{machine['threads']} threads of {machine['cores']} cores ({where}), mean of {speed['brains_timed']}"
+    )

@@ -1,0 +1,169 @@
+"""The card of a model: every figure is there, judged against held-out people alone, and said plainly."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from brainldm.base.errors import BadInput, UsageError
+from brainldm.base.files import write_json
+from brainldm.base.manifest import Manifest
+from brainldm.base.volume import GRIDS
+from brainldm.cohort.dataset import PreparedCohort, VolumeDataset
+from brainldm.cohort.phantom import PhantomConfig, write_phantom_study
+from brainldm.evaluate.estimate import Estimate
+from brainldm.model.folder import read_description
+from brainldm.recipes import model_card, reconstruction
+from brainldm.recipes.card_text import card_text
+from brainldm.recipes.model_card import _without_sign, is_monotone, make_card
+from brainldm.recipes.reconstruction import Painting, PhantomStudy, compared, painted, psnr_db
+from brainldm.train.predictor_run import train_predictor
+from test_table1 import Darkness
+
+TARGETED = ("ventricles", "brain", "age", "sex", "ms_ssim", "reconstruction", "extrapolation")
+
+
+@pytest.fixture(scope="module")
+def predictors(tiny_cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("predictors")
+    for what in ("age", "sex"):
+        train_predictor(what, tiny_cohort, folder / what, steps=2)
+    return {what: folder / what for what in ("age", "sex")}
+
+
+@pytest.fixture
+def ellipsoids(tiny_cohort: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands for the phantom study of the tiny cohort: its images are the scans, and smoother ones the truth."""
+    cohort = PreparedCohort.open(tiny_cohort)
+    everybody = VolumeDataset(cohort)
+    study = PhantomStudy(tiny_cohort, 3, cohort.grid, {name: i for i, name in enumerate(everybody.names)})
+
+    def again(task: Painting) -> tuple[np.ndarray, np.ndarray]:
+        assert task.seed == 3
+        image = everybody.image_XYZ(task.index)
+        return image, ndimage.gaussian_filter(image, 0.5)
+
+    monkeypatch.setattr(PhantomStudy, "open", classmethod(lambda cls, folder: study))
+    monkeypatch.setattr(reconstruction, "painted", again)
+    return tiny_cohort
+
+
+def test_the_card_holds_every_figure_and_is_gone_on_with(
+    tiny_run: Path,
+    tiny_cohort: Path,
+    predictors: dict[str, Path],
+    ellipsoids: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(model_card, "NOISES", 2)
+
+    def make() -> dict:
+        return make_card(
+            tiny_run,
+            tiny_cohort,
+            tmp_path / "card",
+            **predictors,
+            phantoms=ellipsoids,
+            n=4,
+            pairs=4,
+            measure=Darkness(),
+        )
+
+    made = make()
+    out = tmp_path / "card"
+    results = json.loads((out / "results.json").read_text())
+    assert results == json.loads(json.dumps(made))
+    for key in TARGETED:
+        assert {"value", "n", "interval_95", "seed", "target", "met", "paper"} <= results[key].keys(), key
+    assert results["ventricles"]["n"] == 4 and results["reconstruction"]["n"] == 2
+    assert results["model"]["id"] == read_description(tiny_run).identity
+    assert results["ms_ssim"]["held_out"]["value"] is not None
+    assert results["settings"]["held_out"] == 2 and results["speed"]["brains_timed"] == 4
+    assert results["extrapolation"]["marked"] and len(results["extrapolation"]["noises"]) == 2
+    for name in ("mosaic.png", "extrapolation.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+    card = (out / "README.md").read_text()
+    assert card == card_text(results)
+    assert "**missed**" in card and "Missed: " in card and "Not for clinical use" in card
+    assert "Louis Collins" in card and "brainldm card MODEL COHORT CARD" in card
+    judged = json.loads((out / "judged" / "scorecard.json").read_text())
+    assert judged["settings"]["held_out_only"] and judged["real"]["sampled"] == 2
+
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.nii.gz")}
+    monkeypatch.setattr(reconstruction, "painted", None)  # nobody is painted again
+    again = make()
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.nii.gz")}
+    assert {key: again[key] for key in (*TARGETED, "speed")} == {key: made[key] for key in (*TARGETED, "speed")}
+
+
+def test_what_does_not_belong_together_is_refused_before_the_first_brain(
+    tiny_run: Path,
+    tiny_cohort: Path,
+    predictors: dict[str, Path],
+    ellipsoids: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    study = PhantomStudy.open(ellipsoids)
+    swapped = {"age": predictors["sex"], "sex": predictors["age"]}
+    with pytest.raises(UsageError, match="predicts sex, and --age needs age_years"):
+        make_card(tiny_run, tiny_cohort, tmp_path / "card", **swapped, phantoms=ellipsoids)
+    for change, told in (
+        ({"grid": GRIDS["4mm"]}, "the phantom study is of"),
+        ({"index_of": {}}, r"lacks sub-08, sub-09 of the cohort"),
+    ):
+        wrong = dataclasses.replace(study, **change)
+        monkeypatch.setattr(PhantomStudy, "open", classmethod(lambda cls, folder, wrong=wrong: wrong))
+        with pytest.raises((UsageError, BadInput), match=told):
+            make_card(tiny_run, tiny_cohort, tmp_path / "card", **predictors, phantoms=ellipsoids)
+    assert not (tmp_path / "card").exists()
+
+
+def test_a_study_painted_by_other_rules_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no phantom study"):
+        PhantomStudy.open(tmp_path)
+    facts = {"kind": "phantom study", "seed": 5, "grid": {"name": "4mm"}, "anatomies": "MNI152"}
+    constants = json.loads(json.dumps(dataclasses.asdict(PhantomConfig())))
+    write_json(tmp_path / "phantom.json", facts | {"constants": constants})
+    Manifest(tmp_path / "manifest.jsonl").append(index=7, participant_id="sub-0008")
+    study = PhantomStudy.open(tmp_path)
+    assert (study.seed, study.grid, study.index_of) == (5, GRIDS["4mm"], {"sub-0008": 7})
+    constants["appearance"]["grey"] = 0.5
+    write_json(tmp_path / "phantom.json", facts | {"constants": constants})
+    with pytest.raises(BadInput, match="other constants"):
+        PhantomStudy.open(tmp_path)
+    write_json(tmp_path / "phantom.json", facts | {"anatomies": {"a.nii": "0"}})
+    with pytest.raises(BadInput, match="not made from the template"):
+        PhantomStudy.open(tmp_path)
+
+
+def test_painting_again_gives_the_image_of_the_study_and_the_truth_behind_it(tmp_path: Path) -> None:
+    from brainldm.base.nifti import read_nifti
+
+    write_phantom_study(tmp_path / "study", n=1, grid=GRIDS["4mm"], seed=11)
+    study = PhantomStudy.open(tmp_path / "study")
+    image, truth = painted(Painting(study.grid, study.seed, study.index_of["sub-0001"]))
+    kept = read_nifti(next((tmp_path / "study").glob("sub-0001/anat/*_T1w.nii.gz"))).data_XYZ
+    assert np.abs(kept - image).max() < 1e-4
+    assert 25 < psnr_db(image, truth) < 80
+
+
+def test_figures_of_likeness_have_their_closed_forms() -> None:
+    truth = np.random.default_rng(0).random((16, 16, 16), dtype=np.float32)
+    assert psnr_db(truth + 0.1, truth) == pytest.approx(20.0, abs=1e-4)
+    same = compared(truth, truth)
+    assert same["ssim"] == pytest.approx(1.0, abs=1e-5) and same["psnr_db"] == 120
+    assert is_monotone([1.5, 1.9, -0.5], [7.0, 9.0, 2.0])
+    assert not is_monotone([1.5, 1.9, -0.5], [9.0, 9.0, 2.0])
+    assert not is_monotone([1.5, 1.9, -0.5], [7.0, 9.0, None])
+    crossing = _without_sign(Estimate(-0.002, -0.01, 0.006, 9))
+    assert (crossing.value, crossing.low, crossing.high) == (0.002, 0.0, 0.01)
+    apart = _without_sign(Estimate(-0.02, -0.03, -0.01, 9))
+    assert (apart.value, apart.low, apart.high) == (0.02, 0.01, 0.03)
