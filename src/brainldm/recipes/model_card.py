@@ -77,8 +77,8 @@ def make_card(
     cohort: Path,
     out: Path,
     *,
-    age: Path,
-    sex: Path,
+    age: Path | None,
+    sex: Path | None,
     phantoms: Path,
     n: int = 200,
     reconstructed: int = 40,
@@ -93,8 +93,9 @@ def make_card(
     reconstructs at most `reconstructed` of those people, extrapolates as Figure 4 does, and writes the card into `out`;
     returns results.json.
 
-    `phantoms` is the study that `cohort` was prepared from; `measure` finds volumes, by default the instrument without
-    trained weights. UsageError or BadInput, before the first brain, where the parts do not belong together.
+    Without a predictor the card says that its covariate was not judged. `phantoms` is the study that `cohort` was
+    prepared from; `measure` finds volumes, by default the instrument without trained weights. UsageError or BadInput,
+    before the first brain, where the parts do not belong together.
     """
     if n < 1 or reconstructed < 1:
         raise UsageError(f"{n} brains and {reconstructed} reconstructions were asked for.", remedy="Ask for 1 of each.")
@@ -112,7 +113,7 @@ def make_card(
             pairs=pairs,
             seed=seed,
             workers=workers,
-            predictors=[age, sex],
+            predictors=[folder for folder in (age, sex) if folder is not None],
             held_out_only=True,
             progress=progress,
         )
@@ -158,7 +159,7 @@ def make_card(
 # ---------------------------------------------------------------------------------------------- before the first brain
 
 
-def _opened(model: Path, cohort: Path, out: Path, age: Path, sex: Path, phantoms: Path) -> _Parts:
+def _opened(model: Path, cohort: Path, out: Path, age: Path | None, sex: Path | None, phantoms: Path) -> _Parts:
     folder = find_model(model)
     if (out / "model.json").exists():
         raise UsageError("the folder holds a model.", remedy="Give the card a folder of its own.", path=out)
@@ -170,6 +171,8 @@ def _opened(model: Path, cohort: Path, out: Path, age: Path, sex: Path, phantoms
     study = PhantomStudy.open(phantoms)
     predictors = {}
     for name, target, path in (("age", "age_years", age), ("sex", "sex", sex)):
+        if path is None:
+            continue
         predictors[name] = read_predictor(path)
         if predictors[name].target != target:
             raise UsageError(
@@ -271,7 +274,9 @@ def judged_figures(card: Scorecard, seed: int) -> dict[str, Any]:
     """
     volumes, slope = card.row("ventricles_mm3.pearson_r"), card.row("ventricles_mm3.slope")
     straight = _at_least(slope.synthetic, 0.95) and not _at_least(slope.synthetic, np.nextafter(1.05, 2))
-    brain, age, sex = (card.row(key) for key in ("brain_mm3.pearson_r", "age_years.pearson_r", "sex.auc"))
+    brain = card.row("brain_mm3.pearson_r")
+    age, age_alone = _predicted(card, "age_years.pearson_r", "age")
+    sex, sex_alone = _predicted(card, "sex.auc", "sex")
     alike = card.row("ms_ssim")
     found = {
         "ventricles": figure(
@@ -294,24 +299,24 @@ def judged_figures(card: Scorecard, seed: int) -> dict[str, Any]:
             alone=figure(brain.reference, seed),
         ),
         "age": figure(
-            age.synthetic,
+            age,
             seed,
             figure="Pearson r of age, asked and predicted",
             target="at least 0.80",
-            met=_at_least(age.synthetic, 0.80),
+            met=_at_least(age, 0.80),
             paper=0.692,
-            alone=figure(age.reference, seed),
+            alone=figure(age_alone, seed),
         ),
     }
-    ceiling = None if sex.reference is None else sex.reference.value
+    ceiling = sex_alone.value
     found["sex"] = figure(
-        sex.synthetic,
+        sex,
         seed,
         figure="area under the curve of sex, asked and classified",
         target="at least 0.9, or the classifier's own on held-out phantoms",
-        met=_at_least(sex.synthetic, 0.9 if ceiling is None else min(0.9, ceiling)),
+        met=_at_least(sex, 0.9 if ceiling is None else min(0.9, ceiling)),
         paper=None,
-        alone=figure(sex.reference, seed),
+        alone=figure(sex_alone, seed),
     )
     apart = _without_sign(alike.difference)
     found["ms_ssim"] = figure(
@@ -332,6 +337,17 @@ def judged_figures(card: Scorecard, seed: int) -> dict[str, Any]:
         by_chance=figure(copies.reference, seed),
     )
     return found
+
+
+def _predicted(card: Scorecard, key: str, what: str) -> tuple[Estimate, Estimate]:
+    """What a predictor found in the brains, and its own figure on held-out people."""
+    try:
+        row = card.row(key)
+    except KeyError:
+        untold = Estimate.none(f"no predictor of {what} was given")
+        return untold, untold
+    none = Estimate.none("it was not found")
+    return row.synthetic or none, row.reference or none
 
 
 def _without_sign(estimate: Estimate | None) -> Estimate:
@@ -513,10 +529,11 @@ def _commands(parts: _Parts, cohort: Path, n: int, reconstructed: int, pairs: in
         steps = dict(predictor.training).get("steps")
         told = f" --steps {steps}" if steps else ""
         commands.append(f"brainldm train {name} --data COHORT --out {name.upper()}{told}")
+    predictors = "".join(f" --{name} {name.upper()}" for name in parts.predictors)
     return [
         *commands,
         f"brainldm export package RUN MODEL{stated}",
-        f"brainldm card MODEL COHORT CARD --age AGE --sex SEX --phantoms PHANTOMS --n {n} "
+        f"brainldm card MODEL COHORT CARD{predictors} --phantoms PHANTOMS --n {n} "
         f"--reconstructed {reconstructed} --pairs {pairs} --seed {seed}",
     ]
 
