@@ -7,7 +7,9 @@ KL is a sum over the latent, averaged over the batch, as in the authors' code: h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +24,11 @@ from brainldm.train.augment import changed, draw_change
 from brainldm.train.batches import BatchOrder
 from brainldm.train.checkpoint import module_tensors, optimiser_tensors, restore_module, restore_optimiser
 from brainldm.train.config import AutoencoderStageConfig
+from brainldm.train.feeding import Feed
 from brainldm.train.loop import learning_rate_factor
-from brainldm.train.perceptual import RandomFeatures
+from brainldm.train.perceptual import PerceptualDistance, perceptual_distance
 from brainldm.train.pictures import save_rows
+from brainldm.train.reconstruction import reconstruction_report
 
 
 class AutoencoderStage:
@@ -41,10 +45,12 @@ class AutoencoderStage:
         seed: int,
         device: torch.device,
         precision: str,
+        perceptual_weights: Sequence[Path] = (),
     ) -> None:
         self.config, self.train, self.validation = config, train, validation
         self.steps, self.seed, self.device, self.precision = config.steps, seed, device, precision
         self.order = BatchOrder(seed, len(train), config.batch)
+        self._feed = Feed(self._training_images, config.steps)
         layout = torch.channels_last_3d
         torch.manual_seed(int(stream(seed, "autoencoder-weights").integers(2**31)))  # torch's initialisers read it
         self.autoencoder = Autoencoder(config.net, checkpointing=config.checkpointing)
@@ -57,14 +63,16 @@ class AutoencoderStage:
             self.discriminator_optimiser = torch.optim.Adam(
                 self.discriminator.parameters(), lr=config.discriminator_learning_rate, fused=True
             )
-        self.features = RandomFeatures(seed).to(device) if config.perceptual_weight > 0 else None
+        self.features: PerceptualDistance | None = None
+        if config.perceptual_weight > 0:
+            self.features = perceptual_distance(config.perceptual, perceptual_weights, seed).to(device)
 
     # ---- one step -----------------------------------------------------------------------------------------------
 
     def step(self, step: int) -> dict[str, float]:
         config = self.config
         self._set_learning_rates(step)
-        image = self._training_images(step)
+        image = self._tensor(self._feed.take(step))
         adversarial = self.discriminator is not None and step >= config.adversarial_from_step
 
         # Autoencoder
@@ -77,7 +85,8 @@ class AutoencoderStage:
         figures = {"l1": F.l1_loss(reconstruction, image), "kl": latent.kl_B().mean()}
         loss = figures["l1"] + config.kl_weight * figures["kl"]
         if self.features is not None:
-            figures["perceptual"] = self.features.distance(reconstruction, image)
+            draws = stream(self.seed, "autoencoder-perceptual", step)
+            figures["perceptual"] = self.features.distance(reconstruction, image, draws)
             loss = loss + config.perceptual_weight * figures["perceptual"]
         if adversarial:
             assert self.discriminator is not None
@@ -117,15 +126,17 @@ class AutoencoderStage:
         if self.discriminator is not None:
             self.discriminator_optimiser.param_groups[0]["lr"] = config.discriminator_learning_rate * factor
 
-    def _training_images(self, step: int) -> torch.Tensor:
-        """The batch of that step, each image changed by a draw of its own."""
+    def _training_images(self, step: int) -> list[np.ndarray]:
+        """The batch of that step, each image changed by a draw of its own. A function of the step: it is made ahead."""
         draws = stream(self.seed, "autoencoder-augmentation", step)
-        return self._tensor(
-            [
-                changed(self.train.image_XYZ(i), draw_change(draws, self.config.augmentation))
-                for i in self.order.members(step)
-            ]
-        )
+        return [
+            changed(self.train.image_XYZ(i), draw_change(draws, self.config.augmentation))
+            for i in self.order.members(step)
+        ]
+
+    @property
+    def waited_seconds(self) -> float:
+        return self._feed.waited_seconds
 
     def _images(self, dataset: VolumeDataset, members: list[int]) -> torch.Tensor:
         return self._tensor([dataset.image_XYZ(i) for i in members])
@@ -167,14 +178,14 @@ class AutoencoderStage:
         image = self._images(shown, list(range(min(4, len(shown)))))
         save_rows(path, [image[:, 0].cpu().numpy(), self.reconstruct(image)[:, 0].cpu().numpy()])
 
-    def validate(self) -> dict[str, float]:
-        """Reconstruction of held-out people: L1 and PSNR (peak 1), means over people."""
-        l1, psnr = [], []
-        for index in range(len(self.validation)):
-            image = self._images(self.validation, [index])
-            error = self.reconstruct(image).clamp(0, 1) - image
-            l1.append(error.abs().mean().item())
-            psnr.append(-10 * float(np.log10(max(error.square().mean().item(), 1e-12))))
-        if not l1:
+    def validate(self, folder: Path | None = None) -> dict[str, Any]:
+        """What is lost of held-out people: the means of a reconstruction report, written into `folder` if given."""
+        if not len(self.validation):
             return {"people": 0}
-        return {"people": len(l1), "l1": float(np.mean(l1)), "psnr_db": float(np.mean(psnr))}
+        images = self.validation.image_XYZ
+        report = reconstruction_report(
+            self.autoencoder, images, images, self.validation.names, self.seed, precision=self.precision
+        )
+        if folder is not None:
+            report.write(folder)
+        return report.summary()

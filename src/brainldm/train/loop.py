@@ -23,8 +23,11 @@ from brainldm.base.errors import BadInput, BrainldmError
 from brainldm.base.files import write_json, write_text
 from brainldm.base.progress import Progress, Quiet
 from brainldm.train.checkpoint import Checkpoint, load_newest, save_checkpoint
+from brainldm.train.pace import Pace
+from brainldm.train.tensorboard import Board
 
 FIRST_CHECKPOINT_SECONDS = 20.0
+FLUSH_SECONDS = 5.0  # how old may be what somebody who looks at the log sees
 
 
 class Stage(Protocol):
@@ -61,10 +64,12 @@ def run_stage(
     *,
     minutes: float | None = None,
     checkpoint_minutes: float = 5.0,
+    tensorboard: bool = False,
     progress: Progress = Quiet(),  # noqa: B008  # stateless
 ) -> dict[str, Any]:
     """Trains `stage` in `folder` to its last step, or for `minutes` of training time in all, and returns a summary.
 
+    What a stage waits for data, it says in `waited_seconds`, a sum over its steps, where it has one.
     Resumes by itself. Raises BadInput when the loss is not finite (the batch is named, nothing is saved over the good
     checkpoint) and Terminated, exit code 143, after saving when the process is asked to end.
     """
@@ -74,7 +79,8 @@ def run_stage(
     if found is not None:
         stage.restore(found.tensors)
         done, seconds_before = found.step, found.seconds
-    log = _Log(folder, done)
+    log = _Log(folder, done, Board(folder / "tensorboard", done) if tensorboard else None)
+    pace = Pace(len(stage.batch_names(0)))
     progress.start(f"training {stage.name}", stage.steps, done)
 
     begun = saved_at = time.monotonic()
@@ -88,8 +94,9 @@ def run_stage(
             figures = stage.step(done)
             _check_finite(figures, done, stage, folder)
             done += 1
-            log.write({"step": done, **figures}, elapsed)
-            progress.advance(1, f"loss {figures['loss']:.4f}")
+            waited = pace.mark(getattr(stage, "waited_seconds", 0.0))
+            log.write({"step": done, **figures}, elapsed, waited)
+            progress.advance(1, f"loss {figures['loss']:.4f}, {pace}")
 
             # Save now and then, and when asked to end
             since_save = time.monotonic() - saved_at
@@ -113,6 +120,8 @@ def run_stage(
         "steps": done,
         "planned_steps": stage.steps,
         "seconds": round(seconds, 1),
+        "images_per_second": done * pace.images_a_step / max(seconds, 1e-9),
+        "data_wait_share": log.waited_seconds() / max(seconds, 1e-9),
         "last": log.mean_of_last(50),
     }
     write_json(folder / "summary.json", summary)
@@ -162,21 +171,36 @@ def _asked_to_end() -> Iterator[list[int]]:
 class _Log:
     """log.jsonl: what each step gave, a function of the run alone. timing.jsonl: when, which is not."""
 
-    def __init__(self, folder: Path, done: int) -> None:
+    def __init__(self, folder: Path, done: int, board: Board | None = None) -> None:
+        self._board, self._flushed_at = board, time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         self._paths = (folder / "log.jsonl", folder / "timing.jsonl")
         for path in self._paths:
             _keep_up_to(path, done)
         self._files = tuple(path.open("a", encoding="utf-8") for path in self._paths)
 
-    def write(self, figures: dict[str, float], seconds: float) -> None:
+    def write(self, figures: dict[str, float], seconds: float, waited: float) -> None:
         log, timing = self._files
         log.write(json.dumps(figures, allow_nan=False) + "\n")
-        timing.write(json.dumps({"step": figures["step"], "seconds": round(seconds, 3)}) + "\n")
+        when = {"step": figures["step"], "seconds": round(seconds, 3), "wait_seconds": round(waited, 4)}
+        timing.write(json.dumps(when) + "\n")
+        if self._board is not None:
+            self._board.write(figures)
+        if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
+            self.flush()
 
     def flush(self) -> None:
         for file in self._files:
             file.flush()
+        if self._board is not None:
+            self._board.flush()
+        self._flushed_at = time.monotonic()
+
+    def waited_seconds(self) -> float:
+        """What all steps together waited for data."""
+        self.flush()
+        rows = self._paths[1].read_text(encoding="utf-8").splitlines()
+        return sum(json.loads(row).get("wait_seconds", 0.0) for row in rows)
 
     def mean_of_last(self, count: int) -> dict[str, float]:
         """Means over the last `count` steps of what the last of them logged."""
