@@ -29,8 +29,6 @@ from brainldm.base.manifest import Manifest
 from brainldm.base.progress import Progress
 
 FORMAT = 1
-# Images between two fsyncs: a kill costs so many, and a disk is not asked for every one.
-IMAGES_A_SYNC = 32
 _WAIT_SECONDS = 1.0
 
 
@@ -154,17 +152,12 @@ class _Made:
         progress.start("uncompressing images", len(self.sources), done)
         with writing(self.path), self.path.open("ab") as file:
             file.truncate(done * self.image_bytes)  # what a killed run wrote and did not list
-            pending: list[dict[str, Any]] = []
             for index in range(done, len(self.sources)):
                 stored_XYZ = read(index)
                 file.write(stored_XYZ.astype("<i2").tobytes())
-                pending.append({"index": index, "source": self.sources[index], "sha256": _digest(stored_XYZ)})
-                if len(pending) == IMAGES_A_SYNC or index == len(self.sources) - 1:
-                    file.flush()
-                    os.fsync(file.fileno())
-                    for record in pending:
-                        self.lines.append(**record)
-                    pending = []
+                file.flush()
+                os.fsync(file.fileno())
+                self.lines.append(index=index, source=self.sources[index], sha256=_digest(stored_XYZ))
                 progress.advance()
 
     def _check_room(self, done: int) -> None:
