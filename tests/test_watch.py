@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 import time
@@ -14,9 +15,10 @@ import pytest
 import torch
 
 from brainldm.base.describe import describe
-from brainldm.base.errors import BadInput, UsageError
+from brainldm.base.errors import BadInput, EnvironmentProblem, UsageError
 from brainldm.base.files import lock_holder, locked_folder, read_json, sha256_of
 from brainldm.cli import _check_flags_of
+from brainldm.cohort.dataset import VolumeDataset
 from brainldm.train.batches import BatchOrder
 from brainldm.train.feeding import Feed
 from brainldm.train.loop import run_stage
@@ -107,6 +109,26 @@ def test_a_run_from_an_uncompressed_file_is_the_run_from_the_scans(
     assert sha256_of(tmp_path / "run" / name) == sha256_of(tiny_run / name)
     train(tiny_recipe(), tiny_cohort, tmp_path / "run", stage="autoencoder", cache=tmp_path / "another")
     assert not (tmp_path / "another").exists()
+
+
+def test_what_does_not_fit_in_memory_is_laid_out_in_the_run_or_inflated_where_there_is_no_room(
+    tiny_run: Path,
+    tiny_cohort: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(VolumeDataset, "fits_in_memory", False)
+    train(tiny_recipe(), tiny_cohort, tmp_path / "roomy", stage="autoencoder")
+    assert (tmp_path / "roomy" / "cache" / "train.int16").is_file()
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    train(tiny_recipe(), tiny_cohort, tmp_path / "full", stage="autoencoder")
+    assert "Every epoch inflates its images again" in capsys.readouterr().err
+    expected = sha256_of(tiny_run / "autoencoder" / "log.jsonl")
+    assert [sha256_of(tmp_path / name / "autoencoder" / "log.jsonl") for name in ("roomy", "full")] == [expected] * 2
+    with pytest.raises(EnvironmentProblem, match="uncompressed images take"):  # a folder that was asked for
+        train(tiny_recipe(), tiny_cohort, tmp_path / "asked", stage="autoencoder", cache=tmp_path / "c")
 
 
 # ----------------------------------------------------------------------------------------------------------- watching
