@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from brainldm.base.errors import BadInput, UsageError
-from brainldm.base.files import read_json, sha256_of, write_json
+from brainldm.base.errors import BadInput, EnvironmentProblem, UsageError
+from brainldm.base.files import locked_folder, read_json, sha256_of, write_json
 from brainldm.base.manifest import Manifest
 from brainldm.base.nifti import write_nifti
 from brainldm.base.tables import write_table
@@ -24,6 +25,7 @@ from brainldm.cohort.dataset import (
     grid_from_json,
 )
 from brainldm.cohort.normalise import background_at_zero, is_masked, unit_range
+from brainldm.cohort.split import Split
 
 GRID = Grid("small", (9, 8, 10), 8.0, (-32.0, -28.0, -36.0))
 
@@ -204,6 +206,117 @@ def test_what_cannot_be_trained_on_is_said_before_the_start(people: int, batch: 
         check_trainable(dataset, batch)
     assert caught.value.remedy
     check_trainable(VolumeDataset(PreparedCohort.open(write_cohort(tmp_path / "d", 6)), "train"), 5)
+
+
+# ------------------------------------------------------------------------------------------------------- uncompressed
+
+
+def uncompressed(cohort: Path, folder: Path, split: Split | None = "train") -> VolumeDataset:
+    dataset = VolumeDataset(PreparedCohort.open(cohort), split, cache_bytes=0)
+    dataset.keep_uncompressed(folder)
+    return dataset
+
+
+def epoch_of(dataset: VolumeDataset) -> list[np.ndarray]:
+    return [dataset.image_XYZ(i) for i in range(len(dataset))]
+
+
+@pytest.mark.parametrize("split", ["train", None])
+def test_uncompressed_images_are_the_same_to_the_bit(cohort: Path, tmp_path: Path, split: Split | None) -> None:
+    inflated = epoch_of(VolumeDataset(PreparedCohort.open(cohort), split))
+    mapped = uncompressed(cohort, tmp_path / "cache", split)
+    for _ in range(2):
+        for a, b in zip(inflated, epoch_of(mapped), strict=True):
+            np.testing.assert_array_equal(a, b)
+            b[:] = 0  # an array of the caller's own
+    file = tmp_path / "cache" / f"{split or 'all'}.int16"
+    assert file.stat().st_size == len(mapped) * 2 * 720
+
+
+def test_what_is_uncompressed_is_used_again_and_the_scans_are_not_read(cohort: Path, tmp_path: Path) -> None:
+    before = epoch_of(uncompressed(cohort, tmp_path / "cache"))
+    written = (tmp_path / "cache" / "train.int16").stat().st_mtime_ns
+    again = uncompressed(cohort, tmp_path / "cache")
+    for row in again.rows:
+        row.path.unlink()
+    np.testing.assert_array_equal(epoch_of(again), before)
+    assert (tmp_path / "cache" / "train.int16").stat().st_mtime_ns == written
+
+
+def test_another_cohort_in_the_folder_is_removed_and_written_anew(cohort: Path, tmp_path: Path) -> None:
+    uncompressed(cohort, tmp_path / "cache")
+    edited(cohort, "40.5", "41")  # the digest is another, the images are not
+    sha256 = sha256_of(tmp_path / "cache" / "train.int16")
+    old = (tmp_path / "cache" / "train.jsonl").read_text()
+    assert len(epoch_of(uncompressed(cohort, tmp_path / "cache"))) == 5
+    assert sha256_of(tmp_path / "cache" / "train.int16") == sha256
+    assert (tmp_path / "cache" / "train.jsonl").read_text() != old
+    assert PreparedCohort.open(cohort).digest in (tmp_path / "cache" / "train.jsonl").read_text()
+
+
+def test_a_killed_writing_is_gone_on_with(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed with two images listed and a third half written: three more are read, none of the first two again."""
+    whole = epoch_of(uncompressed(cohort, tmp_path / "cache"))
+    data, lines = tmp_path / "cache" / "train.int16", tmp_path / "cache" / "train.jsonl"
+    lines.write_text("".join(lines.read_text().splitlines(keepends=True)[:3]) + '{"index": 2, "sou')
+    with data.open("rb+") as file:
+        file.truncate(5 * 720)
+    read, inflated = VolumeDataset._read, []
+    monkeypatch.setattr(VolumeDataset, "_read", lambda self, row: inflated.append(row) or read(self, row))
+    np.testing.assert_array_equal(epoch_of(uncompressed(cohort, tmp_path / "cache")), whole)
+    assert [row.participant_id for row in inflated] == ["sub-2", "sub-3", "sub-4"]
+
+
+def test_a_damaged_scan_is_not_made_a_cache_of(cohort: Path, tmp_path: Path) -> None:
+    path = PreparedCohort.open(cohort).rows()[2].path
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(BadInput, match="checksum") as caught:
+        uncompressed(cohort, tmp_path / "cache")
+    assert caught.value.path == path
+
+
+def test_a_damaged_cache_is_found_at_the_first_reading(cohort: Path, tmp_path: Path) -> None:
+    uncompressed(cohort, tmp_path / "cache")
+    data = tmp_path / "cache" / "train.int16"
+    content = bytearray(data.read_bytes())
+    content[3 * 2 * 720] ^= 1
+    data.write_bytes(content)
+    dataset = uncompressed(cohort, tmp_path / "cache")
+    dataset.image_XYZ(2)
+    with pytest.raises(BadInput, match="image 3 of this cache differs") as caught:
+        dataset.image_XYZ(3)
+    assert "Delete the folder" in caught.value.remedy
+
+
+def test_no_room_is_said_before_the_first_image(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=5 * 2 * 720 - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(EnvironmentProblem, match="5 uncompressed images take") as caught:
+        uncompressed(cohort, tmp_path / "cache")
+    assert caught.value.reason == "disk_full" and "--cache" in caught.value.remedy
+
+
+def test_a_second_process_waits_for_the_first_and_writes_nothing(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While somebody holds the folder it sleeps; the first writes meanwhile."""
+    folder, naps = tmp_path / "cache", []
+    with contextlib.ExitStack() as first:
+        first.enter_context(locked_folder(folder))
+
+        def nap(seconds: float) -> None:
+            naps.append(seconds)
+            first.close()
+
+        monkeypatch.setattr("brainldm.cohort.uncompressed.time.sleep", nap)
+        assert len(epoch_of(uncompressed(cohort, folder))) == 5
+    assert naps == [1.0]
+
+
+def test_what_fits_in_memory_is_told(cohort: Path) -> None:
+    opened = PreparedCohort.open(cohort)
+    assert VolumeDataset(opened, cache_bytes=6 * 2 * 720).fits_in_memory
+    assert not VolumeDataset(opened, cache_bytes=6 * 2 * 720 - 1).fits_in_memory
 
 
 # --------------------------------------------------------------------------------------------------------- intensities

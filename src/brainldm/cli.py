@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -168,23 +169,47 @@ def train(
     shard: Annotated[
         bool, Parameter(help="Under torchrun: each process holds a part of the weights (FSDP2).", negative="")
     ] = False,
+    perceptual: Annotated[
+        Literal["random", "lpips-squeeze", "medicalnet", "encoder"] | None,
+        Parameter(help="Stage 1's perceptual distance, by the weights you have, instead of the recipe's."),
+    ] = None,
+    perceptual_weights: Annotated[
+        list[Path] | None, Parameter(help="Its weights: files, or a model folder; can be given twice.")
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        Parameter(help="Where training images lie uncompressed (default: OUT/cache, where they do not fit in memory)."),
+    ] = None,
+    tensorboard: Annotated[
+        bool, Parameter(help="Event files in OUT/STAGE/tensorboard; needs brainldm[tensorboard].", negative="")
+    ] = False,
     dry_run: Annotated[bool, Parameter(help="Print the resolved recipe and stop.", negative="")] = False,
 ) -> None:
     """A cohort becomes a model. RECIPE is quick, demo, small, fast or paper; lsgan or vaegan trains a baseline, age or
     sex the judge's predictor."""
-    if shard and recipe in ("age", "sex", "lsgan", "vaegan"):
-        from brainldm.base.errors import UsageError
-
-        raise UsageError(f"{recipe} trains in one process, which has nothing to shard.", remedy="Leave --shard out.")
+    given = perceptual or perceptual_weights
+    _check_flags_of(recipe, perceptual=given, cache=cache, tensorboard=tensorboard, shard=shard)
     if recipe in ("age", "sex"):
         _train_predictor(recipe, data, out, steps=steps, minutes=minutes, device=device, precision=precision)
         return
     if recipe in ("lsgan", "vaegan"):
-        _train_baseline(recipe, data, out, steps=steps, minutes=minutes, device=device, precision=precision)
+        _train_baseline(
+            recipe,
+            data,
+            out,
+            steps=steps,
+            minutes=minutes,
+            device=device,
+            precision=precision,
+            cache=cache,
+            tensorboard=tensorboard,
+        )
         return
     from brainldm.recipes import recipe_named
 
     chosen = recipe_named(recipe)
+    if perceptual is not None:
+        chosen = replace(chosen, autoencoder=replace(chosen.autoencoder, perceptual=perceptual))
     if dry_run:
         _say(json.dumps(chosen.to_json(), indent=2))
         return
@@ -201,10 +226,28 @@ def train(
             device=device,
             precision=precision,
             shard=shard,
+            perceptual_weights=perceptual_weights or (),
+            cache=cache,
+            tensorboard=tensorboard,
             progress=progress,
         )
     if _leads():
         _say_trained(summary)
+
+
+def _check_flags_of(recipe: str, **flags: object) -> None:
+    """UsageError for a flag that this kind of training would pass over in silence."""
+    from brainldm.base.errors import UsageError
+
+    heard: dict[str, tuple[str, ...]] = {
+        "age": (),
+        "sex": (),
+        "lsgan": ("cache", "tensorboard"),
+        "vaegan": ("cache", "tensorboard"),
+    }
+    deaf = [name for name, value in flags.items() if value and name not in heard.get(recipe, tuple(flags))]
+    if deaf:
+        raise UsageError(f"training {recipe} knows nothing of --{deaf[0]}.", remedy="Leave it out.")
 
 
 def _say_trained(summary: TrainSummary) -> None:
@@ -224,6 +267,8 @@ def _train_baseline(
     minutes: float | None,
     device: str,
     precision: str,
+    cache: Path | None,
+    tensorboard: bool,
 ) -> None:
     from brainldm.cohort.dataset import PreparedCohort
     from brainldm.recipes.gan import baseline
@@ -232,7 +277,16 @@ def _train_baseline(
     config = baseline(kind, PreparedCohort.open(data).grid.shape_XYZ)
     with _progress() as progress:
         summary = train_gan(
-            config, data, out, steps=steps, minutes=minutes, device=device, precision=precision, progress=progress
+            config,
+            data,
+            out,
+            steps=steps,
+            minutes=minutes,
+            device=device,
+            precision=precision,
+            cache=cache,
+            tensorboard=tensorboard,
+            progress=progress,
         )
     _say_trained(summary)
 
@@ -248,6 +302,38 @@ def _train_predictor(
         )
     _say(f"On held-out people: {json.dumps(predictor.training['held_out'])}")
     _say(f"The predictor is in {predictor.folder}.")
+
+
+@app.command
+def reconstruct(
+    model: Path,
+    cohort: Path,
+    out: Path,
+    /,
+    *,
+    split: Annotated[
+        Literal["held-out", "train", "validation", "test", "all"],
+        Parameter(help="Whose images; held-out: those of validation and test."),
+    ] = "held-out",
+    most: Annotated[int | None, Parameter(help="Most people of each split.")] = None,
+    seed: Annotated[int, Parameter(help="Seed of the bootstrap.")] = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+) -> None:
+    """What MODEL's autoencoder loses of COHORT's people: L1, PSNR, SSIM and MS-SSIM, a table and a picture in OUT."""
+    from brainldm.train.reconstruction import reconstruct_cohort
+
+    with _progress() as progress:
+        report = reconstruct_cohort(
+            model, cohort, out, split=split, most=most, seed=seed, device=device, precision=precision, progress=progress
+        )
+    for name, told in report.figures().items():
+        if told["mean"] is None:
+            _say(f"{name}: none ({told['reason']})")
+        else:
+            low_high = " to ".join(f"{bound:.4g}" for bound in told["interval_95"] or ())
+            _say(f"{name}: {told['mean']:.4g} ({low_high or told['reason']}; {told['n']} people)")
+    _say(f"The figures are in {out / 'reconstruction.json'}, a picture in {out / 'reconstruction.png'}.")
 
 
 @app.command

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from brainldm.base.errors import BadInput
-from brainldm.base.files import read_json, sha256_of
+from brainldm.base.files import lock_holder, read_json, sha256_of
 from brainldm.base.manifest import Manifest
 from brainldm.base.nifti import read_nifti
 from brainldm.base.shipped import shipped_folder, shipped_name
+from brainldm.base.watch import told, watch_stages
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -67,8 +68,15 @@ def _cohort(path: Path) -> dict[str, Any]:
 
 def _run(path: Path) -> dict[str, Any]:
     content = read_json(path / "run.json")
-    stages = {summary.parent.name: read_json(summary) for summary in sorted(path.glob("*/summary.json"))}
-    return {"kind": "training run", "has_model": (path / "model" / "model.json").is_file(), "stages": stages} | content
+    stages = watch_stages(path, content)
+    holder = lock_holder(path)
+    return {
+        "kind": "training run",
+        "training_now": holder if holder is not None else "no: nobody holds this folder",
+        **{f"stage {name}": told(state) for name, state in stages.items()},
+        "has_model": (path / "model" / "model.json").is_file(),
+        "stages": stages,
+    } | content
 
 
 def _synthetic(path: Path) -> dict[str, Any]:

@@ -175,3 +175,16 @@ def locked_folder(folder: str | Path) -> Iterator[Path]:
             yield folder
         finally:
             lock_path.unlink(missing_ok=True)
+
+
+def lock_holder(folder: str | Path) -> str | None:
+    """Who holds `folder` now, as it said itself (host, process, since when); None when nobody does."""
+    try:
+        with (Path(folder) / LOCK_NAME).open(encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back at once, with the handle
+            except OSError:
+                return handle.read().strip() or "a process that did not say which"
+    except OSError:
+        return None
+    return None

@@ -56,12 +56,13 @@ class Lines:
             return
         self._last_line = now
         rate = max(now - self._begun, 1e-9) / max(self.done - self._begun_at, 1)
-        left = _clock(rate * (self.total - self.done))
+        left = clock(rate * (self.total - self.done))
         tail = f", {note}" if note else ""
         print(f"{self.what}: {self.done} of {self.total}, {left} left{tail}", file=sys.stderr, flush=True)  # noqa: T201
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds as h:mm:ss, or m:ss below an hour."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -16,13 +16,16 @@ from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.files import read_json, sha256_of
 from brainldm.base.manifest import Manifest
 from brainldm.base.nifti import read_nifti
+from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import stream
 from brainldm.base.tables import Table, read_table
 from brainldm.base.volume import Grid
 from brainldm.cohort.split import SPLITS, Split
+from brainldm.cohort.uncompressed import UncompressedImages, write_uncompressed
 
 KIND = "brainldm prepared cohort"
 FORMAT = 1
+CACHE_BYTES = 4 << 30
 _INT16_UNIT = 32767
 
 
@@ -151,10 +154,11 @@ class VolumeDataset:
     """The images of one split by index, in the order of their ids.
 
     Every file read is compared with the manifest's SHA-256. Images are kept in memory, as the 16-bit integers they
-    are stored as, while they fit into `cache_bytes`; the rest are read again each time.
+    are stored as, while they fit into `cache_bytes`; the rest are read again each time, or from one uncompressed file
+    after `keep_uncompressed`. Several threads may ask at once.
     """
 
-    def __init__(self, cohort: PreparedCohort, split: Split | None = None, *, cache_bytes: int = 4 << 30) -> None:
+    def __init__(self, cohort: PreparedCohort, split: Split | None = None, *, cache_bytes: int = CACHE_BYTES) -> None:
         self.cohort, self.split = cohort, split
         self.grid = cohort.grid
         self.rows = cohort.rows(split)
@@ -162,18 +166,48 @@ class VolumeDataset:
         self.covariates = [row.covariates for row in self.rows]
         self._cache: dict[int, np.ndarray] = {}
         self._cache_holds = int(cache_bytes // (2 * np.prod(self.grid.shape_XYZ)))
+        self._uncompressed: UncompressedImages | None = None
+        self._proven: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def fits_in_memory(self) -> bool:
+        """Whether all images are kept in memory once they were read."""
+        return len(self) <= self._cache_holds
+
+    def keep_uncompressed(self, folder: Path, progress: Progress = Quiet()) -> None:  # noqa: B008  # stateless
+        """From now on images come from one uncompressed file in `folder` (cohort/uncompressed), written first if it is
+        not there: the operating system keeps as much of it in memory as there is room for. Each image is compared with
+        its checksum the first time it is read. EnvironmentProblem where the disk has no room."""
+        self._uncompressed = write_uncompressed(
+            folder,
+            self.split or "all",
+            self.cohort.digest,
+            self.grid.shape_XYZ,
+            [row.sha256 for row in self.rows],
+            lambda index: self._read(self.rows[index]),
+            progress,
+        )
+
     def image_XYZ(self, index: int) -> np.ndarray:
         """float32 in 0..1 on the cohort's grid, an array of the caller's own."""
-        stored = self._cache.get(index)
-        if stored is None:
-            stored = self._read(self.rows[index])
+        return self._stored_XYZ(index).astype(np.float32) / np.float32(_INT16_UNIT)
+
+    def _stored_XYZ(self, index: int) -> np.ndarray:
+        if self._uncompressed is not None:
+            stored = self._uncompressed.stored_XYZ(index)
+            if index not in self._proven:
+                self._uncompressed.check(index, stored)
+                self._proven.add(index)
+            return stored
+        found = self._cache.get(index)
+        if found is None:
+            found = self._read(self.rows[index])
             if len(self._cache) < self._cache_holds:
-                self._cache[index] = stored
-        return stored.astype(np.float32) / np.float32(_INT16_UNIT)
+                self._cache[index] = found
+        return found
 
     def _read(self, row: PreparedRow) -> np.ndarray:
         remedy = "Restore the file, or delete it and run brainldm prepare again."

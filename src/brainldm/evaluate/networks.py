@@ -8,7 +8,6 @@ different grids or with different input scalings are different quantities.
 from __future__ import annotations
 
 import functools
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,7 +20,7 @@ from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.files import sha256_of
 from brainldm.base.streams import stream
 from brainldm.evaluate.features import FeatureSpace
-from brainldm.nets.medicalnet import MED3D_NAME, MED3D_SHA256, MedicalNet
+from brainldm.nets.medicalnet import MED3D_NAME, MED3D_SHA256, MedicalNet, read_medicalnet
 from brainldm.nets.random_network import RandomNetwork
 
 _GAIN = 16.0
@@ -124,33 +123,4 @@ def space_named(text: str) -> FeatureSpace:
 @functools.lru_cache(maxsize=1)
 def _medicalnet(checkpoint: Path, sha256: str) -> MedicalNet:
     """The network with the checkpoint's weights, read once a process."""
-    try:
-        # Files from before PyTorch 1.6 are no archives, and only archives can be mapped.
-        mapped = zipfile.is_zipfile(checkpoint)
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # whatever a file that is no checkpoint makes torch raise
-        raise BadInput(
-            f"cannot be read as a checkpoint ({type(error).__name__}).", path=checkpoint, reason="damaged"
-        ) from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    encoder = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
-    with torch.device("meta"):
-        network = MedicalNet()
-    wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    wrong = [
-        name
-        for name, shape in wanted.items()
-        # older checkpoints do not count batches
-        if not name.endswith("num_batches_tracked") and getattr(encoder.get(name), "shape", None) != shape
-    ]
-    if wrong:
-        raise BadInput(
-            f"is no MedicalNet ResNet-50: {len(wrong)} of its {len(wanted)} tensors are missing or of another shape, "
-            f"the first is {wrong[0]}.",
-            remedy=f"Take {MED3D_NAME} (depth 50, shortcut B).",
-            path=checkpoint,
-            reason="architecture",
-        )
-    kept = {name: encoder.get(name, torch.zeros((), dtype=torch.long)) for name in wanted}
-    network.load_state_dict(kept, assign=True)
-    return network.eval()
+    return read_medicalnet(checkpoint)

@@ -199,6 +199,30 @@ def load_latent_diffusion(
     return model
 
 
+def load_autoencoder(
+    folder: Path, device: str | torch.device = "cpu"
+) -> tuple[LatentDiffusionDescription, Autoencoder]:
+    """The autoencoder of a model folder alone, proven and in evaluation mode, with the folder's description; its U-Net,
+    many times larger, is not read. BadInput for a model of another kind."""
+    folder = find_model(folder)
+    description = read_description(folder)
+    if not isinstance(description, LatentDiffusionDescription):
+        raise BadInput(
+            f"is a model of kind {description.kind!r}, which has no autoencoder.",
+            remedy="Name a latent diffusion model.",
+            path=folder,
+            reason="kind",
+        )
+    try:
+        with torch.device("meta"):
+            autoencoder = Autoencoder(description.autoencoder.build())
+    except ValueError as error:
+        raise BadInput(str(error), remedy=_REMEDY, path=folder / DESCRIPTION_NAME, reason="architecture") from error
+    _prove(folder / AUTOENCODER_NAME, description.weights.get(AUTOENCODER_NAME))
+    _fill(folder / AUTOENCODER_NAME, autoencoder.eval(), torch.device(device))
+    return description, autoencoder
+
+
 def _load_latent_diffusion(
     folder: Path, description: LatentDiffusionDescription, device: torch.device, precision: str, memory: MemoryPlan
 ) -> LatentDiffusion:

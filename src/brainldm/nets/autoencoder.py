@@ -241,6 +241,18 @@ class Autoencoder(nn.Module):
         log_variance = at_full_precision(self.quant_conv_log_sigma, h_BCXYZ).float()
         return LatentDistribution(mean, log_variance.clamp(*LOG_VARIANCE_RANGE))
 
+    def encoder_maps(self, image_BCXYZ: torch.Tensor, levels: int) -> list[torch.Tensor]:
+        """What the encoder sees at the end of its first `levels` levels (of all, where it has fewer), finest first."""
+        maps: list[torch.Tensor] = []
+        x_BCXYZ = _channels_last(fold(image_BCXYZ, self.config.fold))
+        for block in self.encoder.blocks[:-2]:  # the last two make the latent
+            if isinstance(block, Downsample):
+                maps.append(x_BCXYZ)
+                if len(maps) == levels:
+                    return maps
+            x_BCXYZ = block(x_BCXYZ)
+        return [*maps, x_BCXYZ]
+
     def decode(self, latent_BCXYZ: torch.Tensor) -> torch.Tensor:
         """The image of a latent. No activation at the end: values lie near 0..1 by training, not by force."""
         h_BCXYZ = at_full_precision(self.post_quant_conv, _channels_last(latent_BCXYZ))

@@ -7,11 +7,16 @@ checkpoints, without their "module." prefix. Weights come from the user: none ar
 
 from __future__ import annotations
 
+import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
+
+from brainldm.base.errors import BadInput
 
 _EXPANSION = 4
 
@@ -85,8 +90,57 @@ class MedicalNet(nn.Module):
             self.add_module(name, stage)
         self.stages = tuple(stages)
 
-    def forward(self, image_B1XYZ: torch.Tensor) -> torch.Tensor:
+    def maps(self, image_B1XYZ: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The map (B, C, X, Y, Z) at the end of each stage."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(image_B1XYZ))))
         for name in self.stages:
             x = self.get_submodule(name)(x)
-        return x.mean(dim=(2, 3, 4))
+            yield x
+
+    def forward(self, image_B1XYZ: torch.Tensor) -> torch.Tensor:
+        *_, last = self.maps(image_B1XYZ)
+        return last.mean(dim=(2, 3, 4))
+
+
+def read_medicalnet(checkpoint: Path) -> MedicalNet:
+    """The ResNet-50 with the weights of a published checkpoint, in evaluation mode; BadInput for a file of other ones.
+
+    Read by torch.load(weights_only=True): nothing in it is executed.
+    """
+    if not checkpoint.is_file():
+        raise BadInput(
+            "there is no such checkpoint.",
+            remedy=f"Get {MED3D_NAME}: brainldm fetch med3d, or from MedicalNet's pages.",
+            path=checkpoint,
+            reason="missing",
+        )
+    try:
+        # Files from before PyTorch 1.6 are no archives, and only archives can be mapped.
+        mapped = zipfile.is_zipfile(checkpoint)
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # whatever a file that is no checkpoint makes torch raise
+        raise BadInput(
+            f"cannot be read as a checkpoint ({type(error).__name__}).", path=checkpoint, reason="damaged"
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    encoder = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+    with torch.device("meta"):
+        network = MedicalNet()
+    wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    wrong = [
+        name
+        for name, shape in wanted.items()
+        # older checkpoints do not count batches
+        if not name.endswith("num_batches_tracked") and getattr(encoder.get(name), "shape", None) != shape
+    ]
+    if wrong:
+        raise BadInput(
+            f"is no MedicalNet ResNet-50: {len(wrong)} of its {len(wanted)} tensors are missing or of another shape, "
+            f"the first is {wrong[0]}.",
+            remedy=f"Take {MED3D_NAME} (depth 50, shortcut B).",
+            path=checkpoint,
+            reason="architecture",
+        )
+    kept = {name: encoder.get(name, torch.zeros((), dtype=torch.long)) for name in wanted}
+    network.load_state_dict(kept, assign=True)
+    return network.eval()

@@ -7,7 +7,9 @@ KL is a sum over the latent, averaged over the batch, as in the authors' code: h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +25,11 @@ from brainldm.train.batches import BatchOrder
 from brainldm.train.checkpoint import module_tensors, optimiser_tensors, restore_module, restore_optimiser
 from brainldm.train.config import AutoencoderStageConfig
 from brainldm.train.distributed import ALONE, Place, normalised_together
+from brainldm.train.feeding import Feed
 from brainldm.train.loop import learning_rate_factor
-from brainldm.train.perceptual import RandomFeatures
+from brainldm.train.perceptual import PerceptualDistance, perceptual_distance
 from brainldm.train.pictures import save_rows
+from brainldm.train.reconstruction import reconstruction_report
 from brainldm.train.sharding import clip_gradients, shard
 
 _PEOPLE_FOR_THE_MEAN = 200
@@ -56,11 +60,13 @@ class AutoencoderStage:
         precision: str,
         place: Place = ALONE,
         sharded: bool = False,
+        perceptual_weights: Sequence[Path] = (),
     ) -> None:
         self.config, self.train, self.validation, self.place = config, train, validation, place
         self.steps, self.seed, self.device, self.precision = config.steps, seed, device, precision
         self.order = BatchOrder(seed, len(train), config.batch)
         self.share = place.share(config.batch)
+        self._feed = Feed(lambda step: self._training_images(step, self.share), config.steps)
         layout = torch.channels_last_3d
         torch.manual_seed(int(stream(seed, "autoencoder-weights").integers(2**31)))  # torch's initialisers read it
         self.autoencoder = Autoencoder(config.net, checkpointing=config.checkpointing)
@@ -83,14 +89,16 @@ class AutoencoderStage:
             self.discriminator_optimiser = torch.optim.Adam(
                 self.discriminator.parameters(), lr=config.discriminator_learning_rate, fused=True
             )
-        self.features = RandomFeatures(seed).to(device) if config.perceptual_weight > 0 else None
+        self.features: PerceptualDistance | None = None
+        if config.perceptual_weight > 0:
+            self.features = perceptual_distance(config.perceptual, perceptual_weights, seed).to(device)
 
     # ---- one step -----------------------------------------------------------------------------------------------
 
     def step(self, step: int) -> dict[str, float]:
         config = self.config
         self._set_learning_rates(step)
-        image = self._training_images(step, self.share)
+        image = self._tensor(self._feed.take(step))
         adversarial = self.discriminator is not None and step >= config.adversarial_from_step
 
         # Autoencoder
@@ -104,7 +112,8 @@ class AutoencoderStage:
         figures = {"l1": F.l1_loss(reconstruction, image), "kl": latent.kl_B().mean()}
         loss = figures["l1"] + config.kl_weight * figures["kl"]
         if self.features is not None:
-            figures["perceptual"] = self.features.distance(reconstruction, image)
+            draws = stream(self.seed, "autoencoder-perceptual", step)
+            figures["perceptual"] = self.features.distance(reconstruction, image, draws)
             loss = loss + config.perceptual_weight * figures["perceptual"]
         if adversarial:
             assert self.discriminator is not None
@@ -146,11 +155,16 @@ class AutoencoderStage:
         if self.discriminator is not None:
             self.discriminator_optimiser.param_groups[0]["lr"] = config.discriminator_learning_rate * factor
 
-    def _training_images(self, step: int, share: slice) -> torch.Tensor:
-        """That share of the step's batch, each image changed by a draw of its own."""
+    def _training_images(self, step: int, share: slice) -> list[np.ndarray]:
+        """That share of the step's batch, each image changed by a draw of its own. A function of the step: it is made
+        ahead."""
         draws = stream(self.seed, "autoencoder-augmentation", step)
         changes = [(i, draw_change(draws, self.config.augmentation)) for i in self.order.members(step)]
-        return self._tensor([changed(self.train.image_XYZ(i), change) for i, change in changes[share]])
+        return [changed(self.train.image_XYZ(i), change) for i, change in changes[share]]
+
+    @property
+    def waited_seconds(self) -> float:
+        return self._feed.waited_seconds
 
     def _images(self, dataset: VolumeDataset, members: list[int]) -> torch.Tensor:
         return self._tensor([dataset.image_XYZ(i) for i in members])
@@ -179,7 +193,7 @@ class AutoencoderStage:
         return [self.train.names[i] for i in self.order.members(step)]
 
     def batch_tensors(self, step: int) -> dict[str, torch.Tensor]:
-        return {"image": self._training_images(step, slice(None))}
+        return {"image": self._tensor(self._training_images(step, slice(None)))}
 
     # ---- looking at it ------------------------------------------------------------------------------------------
 
@@ -197,14 +211,14 @@ class AutoencoderStage:
         if self.place.leads:
             save_rows(path, rows)
 
-    def validate(self) -> dict[str, float]:
-        """Reconstruction of held-out people: L1 and PSNR (peak 1), means over people."""
-        l1, psnr = [], []
-        for index in range(len(self.validation)):
-            image = self._images(self.validation, [index])
-            error = self.reconstruct(image).clamp(0, 1) - image
-            l1.append(error.abs().mean().item())
-            psnr.append(-10 * float(np.log10(max(error.square().mean().item(), 1e-12))))
-        if not l1:
+    def validate(self, folder: Path | None = None) -> dict[str, Any]:
+        """What is lost of held-out people: the means of a reconstruction report, written into `folder` if given."""
+        if not len(self.validation):
             return {"people": 0}
-        return {"people": len(l1), "l1": float(np.mean(l1)), "psnr_db": float(np.mean(psnr))}
+        images = self.validation.image_XYZ
+        report = reconstruction_report(
+            self.autoencoder, images, images, self.validation.names, self.seed, precision=self.precision
+        )
+        if folder is not None:
+            report.write(folder)
+        return report.summary()

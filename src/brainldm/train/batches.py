@@ -14,11 +14,13 @@ class BatchOrder:
     def __init__(self, seed: int, count: int, batch: int) -> None:
         self._seed, self._count, self._batch = seed, count, batch
         self.steps_an_epoch = count // batch
-        self._epoch, self._order = -1, data_order(seed, 0, count)
+        self._current = (0, data_order(seed, 0, count))
 
     def members(self, step: int) -> list[int]:
-        """Dataset indices of the batch of `step`."""
+        """Dataset indices of the batch of `step`. Threads may ask for different steps at once."""
         epoch, position = divmod(step, self.steps_an_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, data_order(self._seed, epoch, self._count)
-        return [int(i) for i in self._order[position * self._batch : (position + 1) * self._batch]]
+        current = self._current  # one assignment, so that no thread sees one epoch's number with another's order
+        if current[0] != epoch:
+            self._current = current = (epoch, data_order(self._seed, epoch, self._count))
+        order = current[1]
+        return [int(i) for i in order[position * self._batch : (position + 1) * self._batch]]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from brainldm.nets.autoencoder import AutoencoderConfig
 
 STAGES = ("autoencoder", "diffusion")
+PerceptualName = Literal["random", "lpips-squeeze", "medicalnet", "encoder"]
+PERCEPTUAL_DISTANCES: tuple[PerceptualName, ...] = get_args(PerceptualName)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class AutoencoderStageConfig:
     # begins as a plain autoencoder.
     initial_log_variance: float = 0.0
     perceptual_weight: float = 0.002
+    perceptual: PerceptualName = "random"  # all but this one need weights of the user's (train/perceptual)
     adversarial_weight: float = 0.005
     adversarial_from_step: int = 0
     discriminator_learning_rate: float = 1e-4

@@ -35,6 +35,7 @@ from brainldm.train.gan_stage import GanStage
 from brainldm.train.loop import run_stage
 from brainldm.train.record import record_run
 from brainldm.train.run import TrainSummary, quality_of
+from brainldm.train.tensorboard import check_tensorboard
 
 
 def train_gan(
@@ -47,13 +48,18 @@ def train_gan(
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
+    cache: Path | None = None,
+    tensorboard: bool = False,
     progress: Progress = Quiet(),  # noqa: B008  # stateless
 ) -> TrainSummary:
     """Trains the baseline `config` on the cohort `data` in `out`, going on from whatever is already there.
 
-    UsageError where the cohort cannot be trained on, or `out` holds another run; before the first step.
+    With `cache`, images are laid out uncompressed in that folder first. UsageError where the cohort cannot be trained
+    on, or `out` holds another run; before the first step.
     """
     one_process_only("a GAN baseline")
+    if tensorboard:
+        check_tensorboard()
     config = config if steps is None else replace(config, steps=steps)
     cohort = PreparedCohort.open(data)
     people = VolumeDataset(cohort, "train")
@@ -65,8 +71,10 @@ def train_gan(
     with locked_folder(out):
         record_run(out, {"baseline": config.kind, "config": asdict(config), "seed": seed, "cohort": cohort.digest})
         condition_NF = ranges.normalise(covariates_array(people.covariates))
+        if cache is not None:
+            people.keep_uncompressed(cache, progress)
         stage = GanStage(config, net, people, condition_NF, seed=seed, device=where, precision=chosen)
-        summary = run_stage(stage, out / stage.name, minutes=minutes, progress=progress)
+        summary = run_stage(stage, out / stage.name, minutes=minutes, tensorboard=tensorboard, progress=progress)
         training: dict[str, Any] = {
             "baseline": config.kind,
             "seed": seed,

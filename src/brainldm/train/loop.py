@@ -26,9 +26,11 @@ from brainldm.base.progress import Progress, Quiet
 from brainldm.model.tensors import write_tensors
 from brainldm.train.checkpoint import Checkpoint, drop_newer, load_newest, save_checkpoint
 from brainldm.train.distributed import ALONE, Place
+from brainldm.train.pace import Pace
+from brainldm.train.tensorboard import Board
 
 FIRST_CHECKPOINT_SECONDS = 20.0
-LOG_SECONDS = 1.0
+LOG_SECONDS = 1.0  # how old may be what somebody who looks at the log sees
 
 
 class Stage(Protocol):
@@ -73,11 +75,13 @@ def run_stage(
     *,
     minutes: float | None = None,
     checkpoint_minutes: float = 5.0,
+    tensorboard: bool = False,
     progress: Progress = Quiet(),  # noqa: B008  # stateless
     place: Place = ALONE,
 ) -> dict[str, Any]:
     """Trains `stage` in `folder` to its last step, or for `minutes` of training time in all, and returns a summary.
 
+    What a stage waits for data, it says in `waited_seconds`, a sum over its steps, where it has one.
     Resumes by itself. Raises BadInput when the loss is not finite (the batch is named and kept, nothing is saved over
     the good checkpoint), Terminated, exit code 143, after saving when the process is asked to end, and
     EnvironmentProblem when the disk is full or, with several processes (`place`), when another one ends.
@@ -91,7 +95,9 @@ def run_stage(
         done, seconds_before = found.step, found.seconds
         if place.leads:
             drop_newer(checkpoints, done)
-    log = _Log(folder, done, writes=place.leads)
+    board = Board(folder / "tensorboard", done) if tensorboard and place.leads else None
+    log = _Log(folder, done, board, writes=place.leads)
+    pace = Pace(len(stage.batch_names(0)))
     progress.start(f"training {stage.name}", stage.steps, done)
 
     begun = saved_at = time.monotonic()
@@ -105,8 +111,9 @@ def run_stage(
             figures = place.mean(stage.step(done))
             _check_finite(figures, done, stage, folder, place)
             done += 1
-            log.write({"step": done, **figures}, elapsed)
-            progress.advance(1, f"loss {figures['loss']:.4f}")
+            waited = pace.mark(getattr(stage, "waited_seconds", 0.0))
+            log.write({"step": done, **figures}, elapsed, waited)
+            progress.advance(1, f"loss {figures['loss']:.4f}, {pace}")
 
             # Save now and then, and when asked to end
             since_save = time.monotonic() - saved_at
@@ -132,6 +139,8 @@ def run_stage(
         "planned_steps": stage.steps,
         "processes": place.processes,
         "seconds": round(seconds, 1),
+        "images_per_second": done * pace.images_a_step / max(seconds, 1e-9),
+        "data_wait_share": log.waited_seconds() / max(seconds, 1e-9) if place.leads else 0.0,
         "last": log.mean_of_last(50) if place.leads else {},
     }
     if place.leads:
@@ -190,8 +199,8 @@ def _asked_to_end() -> Iterator[list[int]]:
 class _Log:
     """log.jsonl: what each step gave, a function of the run alone. timing.jsonl: when, which is not."""
 
-    def __init__(self, folder: Path, done: int, *, writes: bool) -> None:
-        self._writes, self._flushed = writes, time.monotonic()
+    def __init__(self, folder: Path, done: int, board: Board | None = None, *, writes: bool) -> None:
+        self._writes, self._board, self._flushed = writes, board, time.monotonic()
         self._paths = (folder / "log.jsonl", folder / "timing.jsonl")
         self._lines: tuple[list[str], list[str]] = ([], [])
         if writes:
@@ -200,12 +209,15 @@ class _Log:
                 _keep_up_to(path, done)
             self.flush()
 
-    def write(self, figures: dict[str, float], seconds: float) -> None:
+    def write(self, figures: dict[str, float], seconds: float, waited: float) -> None:
         if not self._writes:
             return
         log, timing = self._lines
         log.append(json.dumps(figures, allow_nan=False) + "\n")
-        timing.append(json.dumps({"step": figures["step"], "seconds": round(seconds, 3)}) + "\n")
+        when = {"step": figures["step"], "seconds": round(seconds, 3), "wait_seconds": round(waited, 4)}
+        timing.append(json.dumps(when) + "\n")
+        if self._board is not None:
+            self._board.write(figures)
         if time.monotonic() - self._flushed > LOG_SECONDS:
             self.flush()
 
@@ -219,7 +231,15 @@ class _Log:
                 if durably:
                     os.fsync(file.fileno())
             lines.clear()
+        if self._board is not None:
+            self._board.flush()
         self._flushed = time.monotonic()
+
+    def waited_seconds(self) -> float:
+        """What all steps together waited for data."""
+        self.flush()
+        rows = self._paths[1].read_text(encoding="utf-8").splitlines()
+        return sum(json.loads(row).get("wait_seconds", 0.0) for row in rows)
 
     def mean_of_last(self, count: int) -> dict[str, float]:
         """Means over the last `count` steps of what the last of them logged."""

@@ -12,6 +12,9 @@ import brainldm
 from brainldm.base.errors import UsageError
 from brainldm.base.files import read_json, write_json
 
+# What earlier versions did not record, and did: a run of theirs goes on.
+_BEFORE_IT_WAS_RECORDED: dict[str, Any] = {"recipe.autoencoder.perceptual": "random", "perceptual_weights_sha256": []}
+
 
 def record_run(out: Path, wanted: dict[str, Any]) -> None:
     """Writes run.json: `wanted` and the versions; UsageError where `out` holds another run, or things that are none.
@@ -35,10 +38,13 @@ def _differences(recorded: Any, wanted: Any, where: str = "") -> list[str]:
     """Which fields of two run descriptions differ, with both values. The number of steps may grow, so it is left out;
     JSON knows no tuples, so lists and tuples are one."""
     if isinstance(wanted, dict) and isinstance(recorded, dict):
-        keys = [key for key in wanted if key != "steps"]
-        return [
-            text for key in keys for text in _differences(recorded.get(key), wanted[key], f"{where}.{key}".lstrip("."))
-        ]
+        texts = []
+        for key in wanted:
+            if key != "steps":
+                place = f"{where}.{key}".lstrip(".")
+                before = recorded.get(key, _BEFORE_IT_WAS_RECORDED.get(place))
+                texts += _differences(before, wanted[key], place)
+        return texts
     if isinstance(wanted, tuple | list) and isinstance(recorded, list):
         wanted = list(wanted)
     return [] if recorded == wanted else [f"{where}: {recorded!r} there, {wanted!r} now"]

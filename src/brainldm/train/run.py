@@ -2,6 +2,8 @@
 
 RUN/run.json                      the resolved recipe, the cohort and the versions
 RUN/autoencoder/  RUN/diffusion/  log.jsonl, timing.jsonl, previews/, checkpoints/, summary.json
+RUN/autoencoder/reconstruction.*  what the autoencoder loses of held-out people
+RUN/cache/                        training images uncompressed, where they do not fit in memory; may be deleted
 RUN/latents/                      the cohort encoded once
 RUN/model/                        what `brainldm generate` takes
 """
@@ -10,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +23,9 @@ import torch
 
 import brainldm
 from brainldm.base.covariates import CovariateModel, CovariateRanges, conditions
-from brainldm.base.errors import UsageError
+from brainldm.base.errors import EnvironmentProblem, UsageError
 from brainldm.base.files import locked_folder, read_json, write_json
+from brainldm.base.manifest import Manifest
 from brainldm.base.progress import Progress, Quiet
 from brainldm.cohort.dataset import PreparedCohort, VolumeDataset, check_trainable
 from brainldm.cohort.quality import Population, figures_of
@@ -38,15 +43,16 @@ from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.model.latent_population import LatentPopulation
 from brainldm.model.precision import choose_device, choose_precision
 from brainldm.nets.autoencoder import Autoencoder
-from brainldm.train import perceptual
 from brainldm.train.autoencoder_stage import AutoencoderStage
 from brainldm.train.checkpoint import load_newest
-from brainldm.train.config import STAGES, Recipe
+from brainldm.train.config import STAGES, AutoencoderStageConfig, Recipe
 from brainldm.train.diffusion_stage import DiffusionStage, unet_config
 from brainldm.train.distributed import ALONE, Place, check_divides, together
 from brainldm.train.latents import Latents, encode_cohort
 from brainldm.train.loop import run_stage
+from brainldm.train.perceptual import PerceptualChoice
 from brainldm.train.record import record_run
+from brainldm.train.tensorboard import check_tensorboard
 
 QUALITY_IMAGES = 300
 
@@ -71,14 +77,19 @@ def train(
     device: str = "auto",
     precision: str = "auto",
     shard: bool = False,
+    perceptual_weights: Sequence[Path] = (),
+    cache: Path | None = None,
+    tensorboard: bool = False,
     progress: Progress = Quiet(),  # noqa: B008  # stateless
 ) -> TrainSummary:
     """Trains `recipe` on the prepared cohort `data` in `out`, going on from whatever is already there.
 
     `stage` is `autoencoder`, `diffusion` or `all`; `steps` replaces the recipe's steps of the stages trained; `minutes`
     bounds the training time, divided between the stages as the recipe says. Started by torchrun, the processes share
-    every batch, and with `shard` the weights as well. UsageError where the data cannot be trained on, the batch not
-    be shared, or `out` holds another run; all of it before the first step.
+    every batch, and with `shard` the weights as well. `perceptual_weights` are the files that the recipe's perceptual
+    distance needs (train/perceptual), if any; `cache` is where training images that do not fit in memory lie
+    uncompressed (default: OUT/cache). UsageError where the data cannot be trained on, the batch not be shared, or `out`
+    holds another run; all of it before the first step.
     """
     if stage not in (*STAGES, "all"):
         raise UsageError(f"there is no stage {stage!r}.", remedy=f"Choose one of: {', '.join(STAGES)}, all.")
@@ -86,8 +97,12 @@ def train(
     recipe = _with_steps(recipe, stages, steps)
     cohort = PreparedCohort.open(data)
     where = choose_device(device)
+    if tensorboard:
+        check_tensorboard()
     with together(where) as place, locked_folder(out) if place.leads else contextlib.nullcontext():
         run = _Run(recipe, cohort, out, where, precision, progress if place.leads else Quiet(), place, shard)
+        run.cache, run.tensorboard = cache, tensorboard
+        run.choose_perceptual(perceptual_weights, needed="autoencoder" in stages)
         run.check_and_record(stages)
         budget = dict.fromkeys(STAGES, None if minutes is None else minutes)
         if minutes is not None and stage == "all":
@@ -114,6 +129,9 @@ def _with_steps(recipe: Recipe, stages: tuple[str, ...], steps: int | None) -> R
 class _Run:
     """What the stages of one run share."""
 
+    cache: Path | None = None
+    tensorboard: bool = False
+
     def __init__(
         self,
         recipe: Recipe,
@@ -134,6 +152,16 @@ class _Run:
         self.validation = VolumeDataset(cohort, "validation")
 
     # ---- before the first step ----------------------------------------------------------------------------------
+
+    def choose_perceptual(self, weights: Sequence[Path], *, needed: bool) -> None:
+        """Proves the weights of the perceptual distance. Stage 2 alone does not need them: what is recorded stays."""
+        config = self.recipe.autoencoder
+        self.perceptual = PerceptualChoice(config.perceptual)
+        if needed and config.perceptual_weight > 0:
+            self.perceptual = PerceptualChoice.of(config.perceptual, weights, self.cohort.grid.shape_XYZ)
+        elif (self.out / "run.json").is_file():
+            recorded = read_json(self.out / "run.json").get("perceptual_weights_sha256", ())
+            self.perceptual = PerceptualChoice(config.perceptual, sha256=tuple(recorded))
 
     def check_and_record(self, stages: tuple[str, ...]) -> None:
         """Refuses what cannot be trained, then records the run, or compares it with the one recorded here."""
@@ -159,6 +187,7 @@ class _Run:
         description = {
             "recipe": self.recipe.to_json(),
             "cohort": {"name": self.cohort.name, "digest": self.cohort.digest, "training_images": len(self.train)},
+            "perceptual_weights_sha256": self.perceptual.sha256,
             "precision": self.precision,
             "device": self.device.type,
         }
@@ -169,17 +198,32 @@ class _Run:
     # ---- stage 1 ------------------------------------------------------------------------------------------------
 
     def train_autoencoder(self, minutes: float | None) -> dict[str, Any]:
-        stage = self._autoencoder_stage(self.place, sharded=self.shard)
+        self._feed_from_disk()
+        stage = self._autoencoder_stage(self.recipe.autoencoder, self.place, sharded=self.shard)
         summary = self._run(stage, minutes)
-        summary["validation"] = stage.validate()
+        summary["validation"] = stage.validate(self.out / "autoencoder" if self.place.leads else None)
         if self.place.leads:
             write_json(self.out / "autoencoder" / "summary.json", summary)
         self.place.wait()
         return summary
 
-    def _autoencoder_stage(self, place: Place, *, sharded: bool) -> AutoencoderStage:
+    def _feed_from_disk(self) -> None:
+        """Where there are steps to make and images do not fit in memory (or a cache was asked for), they are laid out
+        uncompressed. A default cache that the disk has no room for is done without, and said so."""
+        made = [r["index"] for r in Manifest(self.out / "autoencoder" / "checkpoints" / "manifest.jsonl").records()]
+        wanted = self.cache is not None or not self.train.fits_in_memory
+        if not wanted or max(made, default=0) >= self.recipe.autoencoder.steps:
+            return
+        try:
+            self.train.keep_uncompressed(self.cache or self.out / "cache", self.progress)
+        except EnvironmentProblem as error:
+            if self.cache is not None or error.reason != "disk_full":
+                raise
+            print(f"warning: {error} Every epoch inflates its images again.", file=sys.stderr)  # noqa: T201
+
+    def _autoencoder_stage(self, config: AutoencoderStageConfig, place: Place, *, sharded: bool) -> AutoencoderStage:
         return AutoencoderStage(
-            self.recipe.autoencoder,
+            config,
             self.train,
             self.validation,
             seed=self.recipe.seed,
@@ -187,6 +231,7 @@ class _Run:
             precision=self.precision,
             place=place,
             sharded=sharded,
+            perceptual_weights=self.perceptual.weights,
         )
 
     def _run(self, stage: AutoencoderStage | DiffusionStage, minutes: float | None) -> dict[str, Any]:
@@ -195,6 +240,7 @@ class _Run:
             self.out / stage.name,
             minutes=minutes,
             checkpoint_minutes=self.recipe.checkpoint_minutes,
+            tensorboard=self.tensorboard,
             progress=self.progress,
             place=self.place,
         )
@@ -208,7 +254,8 @@ class _Run:
                 remedy="Train with --stage autoencoder (or all) first.",
                 path=self.out,
             )
-        stage = self._autoencoder_stage(ALONE, sharded=False)
+        # Its perceptual distance is left out: it is not trained.
+        stage = self._autoencoder_stage(replace(self.recipe.autoencoder, perceptual_weight=0.0), ALONE, sharded=False)
         checkpoint = load_newest(self.out / "autoencoder" / "checkpoints", warn=lambda _: None)
         assert checkpoint is not None, "a stage with a summary has a checkpoint"
         stage.restore(checkpoint.tensors)
@@ -270,7 +317,10 @@ class _Run:
             "cohort": self.cohort.name,
             "training_images": len(self.train),
             "validation_images": len(self.validation),
-            "perceptual": perceptual.NAME if self.recipe.autoencoder.perceptual_weight > 0 else "none",
+            "perceptual": self.recipe.autoencoder.perceptual
+            if self.recipe.autoencoder.perceptual_weight > 0
+            else "none",
+            "perceptual_weights_sha256": list(self.perceptual.sha256),
             "autoencoder": autoencoder_summary,
             "diffusion": summary,
             "precision": self.precision,

@@ -1,0 +1,182 @@
+"""A split's images uncompressed in one file, so that epochs are read at the disk's speed and inflated only once.
+
+FOLDER/<split>.int16    (N, X, Y, Z) little-endian 16-bit integers, value x 32767, images in the order of their ids
+FOLDER/<split>.jsonl    first what it is of (the key), then a line an image: index, the SHA-256 of the image's own file
+                        as proven when it was read, and that of the integers written
+
+A folder is one cohort's at a time. A file of another key (another cohort, grid or split of it) is removed and written
+anew; one that a killed run left unfinished is gone on with; a whole one is used as it is. Other processes that want
+the same file wait for the one that writes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from brainldm.base.errors import BadInput, EnvironmentProblem, UsageError
+from brainldm.base.files import locked_folder, make_folder, writing
+from brainldm.base.manifest import Manifest
+from brainldm.base.progress import Progress
+
+FORMAT = 1
+_WAIT_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class UncompressedImages:
+    """The file, open for reading. `sha256`: of each image's integers."""
+
+    path: Path
+    shape_XYZ: tuple[int, int, int]
+    sha256: tuple[str, ...]
+    mapped_NXYZ: np.ndarray
+
+    def stored_XYZ(self, index: int) -> np.ndarray:
+        """One image's int16, an array of its own."""
+        return np.array(self.mapped_NXYZ[index], dtype=np.int16)
+
+    def check(self, index: int, stored_XYZ: np.ndarray) -> None:
+        """BadInput where these are not the integers that were written."""
+        if _digest(stored_XYZ) != self.sha256[index]:
+            raise BadInput(
+                f"image {index} of this cache differs from its checksum.",
+                remedy="Delete the folder: it is made again from the cohort.",
+                path=self.path,
+                reason="checksum",
+            )
+
+
+def write_uncompressed(
+    folder: Path,
+    split: str,
+    cohort_digest: str,
+    shape_XYZ: tuple[int, int, int],
+    sources: list[str],
+    read: Callable[[int], np.ndarray],
+    progress: Progress,
+) -> UncompressedImages:
+    """The images of `split` in `folder`: those that are there, or written now, one after the other, by `read(index)`.
+
+    `sources` are the SHA-256 of the images' own files; `read` proves them and gives int16 (X, Y, Z).
+    EnvironmentProblem where the disk has no room for all, before the first is written.
+    """
+    made = _Made(make_folder(folder), split, cohort_digest, shape_XYZ, sources)
+    if not made.is_whole():
+        with _alone(folder):
+            made.write(read, progress)
+    return made.open()
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds the folder, waiting for whoever holds it now: another process of the same training writes the same."""
+    with contextlib.ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(locked_folder(folder))
+                break
+            except UsageError as error:
+                if error.reason != "in_use":
+                    raise
+                time.sleep(_WAIT_SECONDS)
+        yield
+
+
+@dataclass(frozen=True)
+class _Made:
+    folder: Path
+    split: str
+    cohort_digest: str
+    shape_XYZ: tuple[int, int, int]
+    sources: list[str]
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.split}.int16"
+
+    @property
+    def lines(self) -> Manifest:
+        return Manifest(self.folder / f"{self.split}.jsonl")
+
+    @property
+    def image_bytes(self) -> int:
+        return 2 * int(np.prod(self.shape_XYZ))
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "cohort": self.cohort_digest,
+            "split": self.split,
+            "images": len(self.sources),
+            "shape_XYZ": list(self.shape_XYZ),
+        }
+
+    def digests(self) -> list[str]:
+        """SHA-256 of the images that are there, from the first on; none where the file is of another key."""
+        records = self.lines.records()
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        if not records or records[0].get("key") != self.key:
+            return []
+        by_index = {record["index"]: record for record in records[1:]}
+        found: list[str] = []
+        for index, source in enumerate(self.sources):
+            record = by_index.get(index)
+            if record is None or record["source"] != source or (index + 1) * self.image_bytes > size:
+                break
+            found.append(record["sha256"])
+        return found
+
+    def is_whole(self) -> bool:
+        return len(self.digests()) == len(self.sources)
+
+    def write(self, read: Callable[[int], np.ndarray], progress: Progress) -> None:
+        done = len(self.digests())  # asked again under the lock: somebody else may have written it meanwhile
+        if done == len(self.sources):
+            return
+        if not done:
+            self.lines.path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
+            self.lines.append(key=self.key)
+        self._check_room(done)
+        progress.start("uncompressing images", len(self.sources), done)
+        with writing(self.path), self.path.open("ab") as file:
+            file.truncate(done * self.image_bytes)  # what a killed run wrote and did not list
+            for index in range(done, len(self.sources)):
+                stored_XYZ = read(index)
+                file.write(stored_XYZ.astype("<i2").tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+                self.lines.append(index=index, source=self.sources[index], sha256=_digest(stored_XYZ))
+                progress.advance()
+
+    def _check_room(self, done: int) -> None:
+        wanted = (len(self.sources) - done) * self.image_bytes
+        free = shutil.disk_usage(self.folder).free
+        if wanted > free:
+            raise EnvironmentProblem(
+                f"{len(self.sources)} uncompressed images take {wanted / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are "
+                "free.",
+                remedy="Give --cache a folder on a disk with room.",
+                path=self.folder,
+                reason="disk_full",
+            )
+
+    def open(self) -> UncompressedImages:
+        digests = self.digests()
+        mapped = np.memmap(self.path, dtype="<i2", mode="r", shape=(len(digests), *self.shape_XYZ))
+        return UncompressedImages(self.path, self.shape_XYZ, tuple(digests), mapped)
+
+
+def _digest(stored_XYZ: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(stored_XYZ, dtype="<i2").data).hexdigest()
