@@ -182,7 +182,7 @@ def test_pace_and_waiting_are_told_logged_and_summed(tmp_path: Path) -> None:
 
 
 def test_the_log_is_there_before_a_checkpoint_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("brainldm.train.loop.FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr("brainldm.train.loop.LOG_SECONDS", 0.0)
 
     class Looks(Waits):
         def step(self, step: int) -> dict[str, float]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.metrics import SSIMMetric
 
 from brainldm.base.errors import BadInput
 from brainldm.base.files import read_json
@@ -28,6 +27,8 @@ from brainldm.cohort.dataset import PreparedCohort, PreparedRow, VolumeDataset
 from brainldm.cohort.phantom import PhantomConfig, draw_person, make_phantom
 from brainldm.model.description import AUTOENCODER_NAME
 from brainldm.model.latent_diffusion import LatentDiffusion
+from brainldm.train.reconstruction import compared as of_one_image
+from brainldm.train.reconstruction import scale_weights
 
 # How far the cohort's image of a phantom may be from the same painted anew: both are kept as 16-bit integers, and
 # preparing brings one onto its own grid once more.
@@ -156,14 +157,14 @@ def reconstructed(model: LatentDiffusion, image_XYZ: np.ndarray) -> np.ndarray:
     return np.clip(model.decode(latent.mean_BCXYZ)[0], 0.0, 1.0)
 
 
-def compared(image_XYZ: np.ndarray, truth_XYZ: np.ndarray) -> dict[str, float]:
+def compared(image_XYZ: np.ndarray, truth_XYZ: np.ndarray) -> dict[str, float | None]:
     """Higher is better: PSNR in dB (of a range of 1), over the box and where the truth is above 0, and SSIM (1 is
-    perfect): MONAI's, a Gaussian kernel of 7 voxels and sigma 1.5."""
-    ssim = SSIMMetric(spatial_dims=3, data_range=1.0, win_size=7, kernel_sigma=1.5)
+    perfect), as in every reconstruction report (train/reconstruction)."""
     pair = [torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32))[None, None] for a in (image_XYZ, truth_XYZ)]
+    figures = of_one_image(pair[0], pair[1], scale_weights(image_XYZ.shape))
     return {
         "psnr_db": psnr_db(image_XYZ, truth_XYZ),
-        "ssim": float(ssim(y_pred=pair[0], y=pair[1]).mean()),
+        "ssim": figures["ssim"],
         "psnr_in_head_db": psnr_db(image_XYZ[truth_XYZ > 0], truth_XYZ[truth_XYZ > 0]),
     }
 

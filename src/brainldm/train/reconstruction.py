@@ -140,7 +140,7 @@ def reconstruction_report(
             decoded = autoencoder.decode(autoencoder.encode(image).mean_BCXYZ)
         found = decoded.float().clamp(0, 1)
         weights = scale_weights(tuple(image.shape[2:]))
-        rows.append({"participant_id": name, **_compared(found, reference, weights)})
+        rows.append({"participant_id": name, **compared(found, reference, weights)})
         if len(pictured) < PICTURED:
             difference = (DIFFERENCE_GAIN * (found - reference).abs()).clamp(0, 1)
             shown = [x[0, 0].cpu().numpy() for x in (image, found, difference)]
@@ -153,8 +153,8 @@ def _tensor(image_XYZ: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(image_XYZ, dtype=np.float32))[None, None].to(device)
 
 
-def _compared(found: torch.Tensor, reference: torch.Tensor, weights: tuple[float, ...]) -> dict[str, float | None]:
-    """FIGURES of one image (1, 1, X, Y, Z)."""
+def compared(found: torch.Tensor, reference: torch.Tensor, weights: tuple[float, ...]) -> dict[str, float | None]:
+    """FIGURES of one image (1, 1, X, Y, Z) in 0..1; None for what has no `weights` of scales, being too small."""
     from monai.metrics import MultiScaleSSIMMetric, SSIMMetric  # takes seconds to import
 
     error = found - reference
@@ -227,9 +227,12 @@ def reconstruct_cohort(
         )
     chosen = choose_precision(precision, where)
 
+    turned = description.grid.network_x == "right_to_left"
+
     def image_XYZ(index: int) -> np.ndarray:
+        """As the network sees it; a mirrored pair has the figures of the pair."""
         one, member = people[index]
-        return one.image_XYZ(member)
+        return one.image_XYZ(member)[::-1] if turned else one.image_XYZ(member)
 
     with locked_folder(out):
         names = [one.names[member] for one, member in people]
