@@ -98,8 +98,9 @@ def all_timesteps(schedule: Schedule, steps: int) -> list[int]:
 def snr_timesteps(schedule: Schedule, steps: int) -> list[int]:
     """`steps` timesteps from the noisiest to 0, even in the logarithm of the signal-to-noise ratio (Lu et al. 2022).
 
-    Even in time leaves the last, nearly clean steps too wide for a solver of higher order: on the demo model unipc with
-    10 steps is then 3.5 times as far from the exact result, and blends of both lie between (docs/samplers.json).
+    Even in time leaves the last, nearly clean steps too wide for a solver of higher order: on a model of recipe quick
+    unipc with 10 steps is then 3.5 times as far from the exact result, and blends of both lie between
+    (docs/samplers.json).
     Fewer than 8 steps are too few for this spacing.
     """
     _check_steps(steps, schedule.steps)
