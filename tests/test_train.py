@@ -26,7 +26,7 @@ from brainldm.train.checkpoint import Checkpoint, load_newest, save_checkpoint
 from brainldm.train.config import Augmentation, Recipe
 from brainldm.train.loop import run_stage
 from brainldm.train.run import train
-from conftest import tiny_recipe
+from conftest import tiny_recipe, write_tiny_cohort
 
 WEIGHTS = ("model/autoencoder.safetensors", "model/unet.safetensors", "autoencoder/log.jsonl", "diffusion/log.jsonl")
 
@@ -118,6 +118,36 @@ def test_guidance_goes_along_the_line_from_the_untold_to_the_told(run_with_every
     assert not torch.equal(blind, told)
     torch.testing.assert_close(twice, 2 * told - blind, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(blind[0], replace(model, guidance=0.0).denoiser(people[::-1])(x, at)[0])
+
+
+def test_a_recipe_of_registered_images_is_for_one_grid(tiny_cohort: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    net = replace(recipe.autoencoder.net, registered_XYZ=(32, 24, 16))
+    recipe = replace(recipe, autoencoder=replace(recipe.autoencoder, net=net))
+    with pytest.raises(UsageError, match=r"images of \(32, 24, 16\) voxels, and the cohort's have \(16, 24, 16\)"):
+        train(recipe, tiny_cohort, tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_too_few_people_show_no_population(tmp_path: Path) -> None:
+    write_tiny_cohort(tmp_path / "few", people=6)
+    with pytest.raises(UsageError, match="4 people to train on do not show how latents follow"):
+        train(everything_on(), tmp_path / "few", tmp_path / "run")
+
+
+def test_a_registered_autoencoder_trains_and_generates(tiny_cohort: Path, tmp_path: Path) -> None:
+    recipe = everything_on()
+    net = replace(recipe.autoencoder.net, channels=(8,), fold=4, registered_XYZ=(16, 24, 16))
+    recipe = replace(
+        recipe,
+        autoencoder=replace(recipe.autoencoder, net=net, initial_log_variance=-5.0),
+        diffusion=replace(recipe.diffusion, channels=(16,), attention=(True,), head_channels=(16,), fold=2),
+    )
+    train(recipe, tiny_cohort, tmp_path / "run")
+    model = load_latent_diffusion(tmp_path / "run")
+    assert float(model.autoencoder.mean_image.max()) > 0.5
+    person = model.joint.draw(stream(0, "somebody"))
+    assert model.sample([person], [row_noise(0, 0)])[0].shape == (16, 24, 16)
 
 
 RUN_AND_DIE = """

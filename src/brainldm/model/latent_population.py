@@ -15,9 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
+from brainldm.base.covariates import COVARIATES
+
 # Standard deviations below this share of the mean one are raised to it: where nothing differs (air), noise of the
 # encoder must not be blown up.
 _LEAST_STD = 0.05
+FEWEST_FOR_A_POPULATION = len(COVARIATES) + 2  # a line for each covariate, its height, and something left over
 _VOXELS_AT_ONCE = 4096  # 40,000 people's in float64 are 1.3 GB
 
 

@@ -40,7 +40,7 @@ from brainldm.model.description import (
 )
 from brainldm.model.folder import save_model
 from brainldm.model.latent_diffusion import LatentDiffusion
-from brainldm.model.latent_population import LatentPopulation
+from brainldm.model.latent_population import FEWEST_FOR_A_POPULATION, LatentPopulation
 from brainldm.model.precision import choose_device, choose_precision
 from brainldm.nets.autoencoder import Autoencoder
 from brainldm.train.autoencoder_stage import AutoencoderStage
@@ -176,6 +176,19 @@ class _Run:
                 f"the grid {self.cohort.grid.shape_XYZ} is not divisible by {downsampling}, what the autoencoder and "
                 f"the U-Net of recipe {self.recipe.name!r} divide it by together.",
                 remedy="Choose another recipe or another grid.",
+            )
+        registered_XYZ = self.recipe.autoencoder.net.registered_XYZ
+        if registered_XYZ not in (None, self.cohort.grid.shape_XYZ):
+            raise UsageError(
+                f"recipe {self.recipe.name!r} is for images of {registered_XYZ} voxels, and the cohort's have "
+                f"{self.cohort.grid.shape_XYZ}.",
+                remedy="Prepare the study on that grid, or choose another recipe.",
+            )
+        if self.recipe.diffusion.latent_population and len(self.train) < FEWEST_FOR_A_POPULATION:
+            raise UsageError(
+                f"{len(self.train)} people to train on do not show how latents follow the covariates; recipe "
+                f"{self.recipe.name!r} needs {FEWEST_FOR_A_POPULATION}.",
+                remedy="Prepare more people, or choose a recipe without latent_population.",
             )
         batches = {
             "autoencoder": self.recipe.autoencoder.batch,
