@@ -50,7 +50,7 @@ def demo() -> Recipe:
             cosine_decay=True,
             gradient_clip=1.0,
             ema_decay=0.998,
-            target="flow",
+            target="v",
             schedule="rectified",
             timestep_draw="logit_normal",
             latent_population=True,
