@@ -15,9 +15,9 @@ def fast() -> Recipe:
     4 x 4 x 4 voxels are folded into channels before the first convolution, so that none runs at full resolution, and
     nothing is halved after that: doubling by repetition loses where in a voxel something lies, and a shallow decoder
     does not find it again. The latent is 4 x 40 x 56 x 40 (16-fold compression); the U-Net folds it to 20 x 28 x 20.
-    Steps along the line of rectified flow, velocity predicted (docs/training.md says why), on what the population's mean
-    leaves; timesteps drawn from the middle, covariates equalised and told to every block, dropped one time in ten for
-    guidance. No flips: people are not symmetric.
+    Steps along the line of rectified flow, velocity predicted (docs/training.md says why), on what the population's
+    mean leaves; timesteps drawn from the middle, covariates equalised and told to every block, dropped one time in ten
+    for guidance. No flips: people are not symmetric.
 
     Cost: about 120 GFLOP a network call and 100 a decode, where the paper's take 1440 and 15,000; `brainldm generate
     --dry-run` tells the seconds on your machine. Untrained so far: nobody has shown its scores.
