@@ -27,18 +27,18 @@ from brainldm.diffusion.solvers import SAMPLERS
 from brainldm.generate.run import row_noise
 from brainldm.model.cost import work_of
 from brainldm.model.description import (
-    AutoencoderDescription,
     CovariatesDescription,
     GridDescription,
     LatentDescription,
     LatentDiffusionDescription,
     ScheduleDescription,
     UNetDescription,
+    describe_autoencoder,
 )
 from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.model.latent_population import LatentPopulation
 from brainldm.model.precision import choose_precision
-from brainldm.nets.autoencoder import Autoencoder
+from brainldm.nets.atlas import build_autoencoder
 from brainldm.nets.unet import DiffusionUNet
 from brainldm.recipes import recipe_named
 from brainldm.train.diffusion_stage import unet_config
@@ -50,7 +50,7 @@ def untrained(name: str, precision: str) -> LatentDiffusion:
     """The recipe's model with random weights, none of them 0."""
     recipe, grid = recipe_named(name), GRIDS[GRID_OF[name]]
     torch.manual_seed(0)
-    autoencoder = Autoencoder(recipe.autoencoder.net).eval()
+    autoencoder = build_autoencoder(recipe.autoencoder.net).eval()
     net = unet_config(recipe.diffusion, recipe.autoencoder.net.latent_channels)
     unet = DiffusionUNet(net).eval()
     for network in (autoencoder, unet):
@@ -63,7 +63,7 @@ def untrained(name: str, precision: str) -> LatentDiffusion:
     shape = recipe.autoencoder.net.latent_shape_CXYZ(grid.shape_XYZ)
     description = LatentDiffusionDescription(
         name=f"untrained-{name}",
-        autoencoder=AutoencoderDescription(**vars(recipe.autoencoder.net)),
+        autoencoder=describe_autoencoder(recipe.autoencoder.net),
         unet=UNetDescription(**vars(net)),
         schedule=ScheduleDescription(kind=recipe.diffusion.schedule),
         target=recipe.diffusion.target,

@@ -37,6 +37,7 @@ from brainldm.model.description import (
 from brainldm.model.folder import DESCRIPTION_NAME, load_latent_diffusion, save_model
 from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.model.tensors import misfits, shortened
+from brainldm.nets.atlas import AtlasAutoencoderConfig
 from brainldm.nets.autoencoder import Autoencoder, AutoencoderConfig
 from brainldm.nets.unet import DiffusionUNet, UNetConfig
 
@@ -152,10 +153,10 @@ def _untold(model: LatentDiffusion) -> str:
         for level, (width, head) in enumerate(zip(unet.channels, unet.head_channels))
         if unet.attends(level) and head != width
     ]
+    if isinstance(autoencoder, AtlasAutoencoderConfig):
+        return "its autoencoder is of atlases, for registered images"
     if autoencoder.fold != 1:
         return f"its autoencoder folds {autoencoder.fold} voxels along each axis into channels"
-    if autoencoder.registered_XYZ is not None:
-        return "its autoencoder knows the places of registered images"
     if norms != {(AutoencoderConfig().norm_groups, AutoencoderConfig().norm_eps)}:
         return f"its norms have (groups, epsilon) {', '.join(map(str, sorted(norms)))}"
     if heads:

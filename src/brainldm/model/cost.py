@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from brainldm.diffusion.solvers import SAMPLERS
 from brainldm.model.description import LatentDiffusionDescription
 from brainldm.model.precision import autocast
-from brainldm.nets.autoencoder import Autoencoder
+from brainldm.nets.atlas import build_autoencoder
 from brainldm.nets.packed import packing_works
 from brainldm.nets.unet import DiffusionUNet
 
@@ -35,7 +35,7 @@ class Work:
 def work_of(description: LatentDiffusionDescription) -> Work:
     """Counted on networks without weights; a multiplication and an addition are two operations."""
     with torch.device("meta"):
-        unet, autoencoder = DiffusionUNet(description.unet.build()), Autoencoder(description.autoencoder.build())
+        unet, autoencoder = DiffusionUNet(description.unet.build()), build_autoencoder(description.autoencoder.build())
         config = unet.config
         latent = torch.empty(1, *description.latent.shape_CXYZ)
         joined = torch.empty(1, config.in_channels, *latent.shape[2:])

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from brainldm.base.covariates import COVARIATES, UNITS, CovariateModel, CovariateRanges, Covariates, conditions
 from brainldm.base.volume import Grid
 from brainldm.diffusion.schedule import Schedule, rectified, scaled_linear
+from brainldm.nets.atlas import AnyAutoencoderConfig, AtlasAutoencoderConfig
 from brainldm.nets.autoencoder import AutoencoderConfig
 from brainldm.nets.gan import GanConfig
 from brainldm.nets.unet import UNetConfig
@@ -55,10 +56,31 @@ class AutoencoderDescription(Strict):
     norm_groups: int = 32
     norm_eps: float = 1e-6
     fold: int = 1
-    registered_XYZ: tuple[int, int, int] | None = None
 
     def build(self) -> AutoencoderConfig:
         return AutoencoderConfig(**self.model_dump())
+
+
+class AtlasAutoencoderDescription(Strict):
+    grid_XYZ: tuple[int, int, int]
+    cell: int
+    latent_channels: int
+    channels: int
+    res_blocks: int
+    norm_groups: int
+    norm_eps: float = 1e-6
+    atlases: int
+    passes: int
+
+    def build(self) -> AtlasAutoencoderConfig:
+        return AtlasAutoencoderConfig(**self.model_dump())
+
+
+def describe_autoencoder(config: AnyAutoencoderConfig) -> AutoencoderDescription | AtlasAutoencoderDescription:
+    """What model.json says of an autoencoder of that config."""
+    if isinstance(config, AtlasAutoencoderConfig):
+        return AtlasAutoencoderDescription(**vars(config))
+    return AutoencoderDescription(**vars(config))
 
 
 class UNetDescription(Strict):
@@ -185,7 +207,7 @@ class LatentDiffusionDescription(ModelDescription):
     """model.json of a latent diffusion model."""
 
     kind: Literal["latent_diffusion"] = "latent_diffusion"
-    autoencoder: AutoencoderDescription
+    autoencoder: AutoencoderDescription | AtlasAutoencoderDescription
     unet: UNetDescription
     schedule: ScheduleDescription = ScheduleDescription()
     target: Literal["eps", "v", "flow"] = "eps"

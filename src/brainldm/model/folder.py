@@ -38,7 +38,7 @@ from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.model.latent_population import LatentPopulation
 from brainldm.model.memory import MemoryPlan
 from brainldm.model.tensors import misfits, shortened, write_tensors
-from brainldm.nets.autoencoder import Autoencoder
+from brainldm.nets.atlas import AnyAutoencoder, build_autoencoder
 from brainldm.nets.blocks import pack_for_sampling
 from brainldm.nets.gan import GanGenerator
 from brainldm.nets.packed import packing_works
@@ -201,7 +201,7 @@ def load_latent_diffusion(
 
 def load_autoencoder(
     folder: Path, device: str | torch.device = "cpu"
-) -> tuple[LatentDiffusionDescription, Autoencoder]:
+) -> tuple[LatentDiffusionDescription, AnyAutoencoder]:
     """The autoencoder of a model folder alone, proven and in evaluation mode, with the folder's description; its U-Net,
     many times larger, is not read. BadInput for a model of another kind."""
     folder = find_model(folder)
@@ -215,7 +215,7 @@ def load_autoencoder(
         )
     try:
         with torch.device("meta"):
-            autoencoder = Autoencoder(description.autoencoder.build())
+            autoencoder = build_autoencoder(description.autoencoder.build())
     except ValueError as error:
         raise BadInput(str(error), remedy=_REMEDY, path=folder / DESCRIPTION_NAME, reason="architecture") from error
     _prove(folder / AUTOENCODER_NAME, description.weights.get(AUTOENCODER_NAME))
@@ -228,7 +228,7 @@ def _load_latent_diffusion(
 ) -> LatentDiffusion:
     try:
         with torch.device("meta"):
-            autoencoder = Autoencoder(description.autoencoder.build())
+            autoencoder = build_autoencoder(description.autoencoder.build())
             unet = DiffusionUNet(description.unet.build())
     except ValueError as error:
         raise BadInput(str(error), remedy=_REMEDY, path=folder / DESCRIPTION_NAME, reason="architecture") from error

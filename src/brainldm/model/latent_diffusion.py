@@ -18,7 +18,7 @@ from brainldm.model.description import LatentDiffusionDescription
 from brainldm.model.latent_population import LatentPopulation
 from brainldm.model.memory import return_freed_memory
 from brainldm.model.precision import autocast
-from brainldm.nets.autoencoder import Autoencoder
+from brainldm.nets.atlas import AnyAutoencoder
 from brainldm.nets.blocks import forget, is_forgotten
 from brainldm.nets.slabs import decode_in_slabs
 from brainldm.nets.unet import DiffusionUNet, with_covariates
@@ -57,7 +57,7 @@ class LatentDiffusion:
     """
 
     description: LatentDiffusionDescription
-    autoencoder: Autoencoder
+    autoencoder: AnyAutoencoder
     unet: DiffusionUNet
     precision: str = "fp32"
     slab_bytes: int | None = None
@@ -83,7 +83,7 @@ class LatentDiffusion:
 
     @property
     def device(self) -> torch.device:
-        return self.autoencoder.post_quant_conv.conv.weight.device
+        return next(self.autoencoder.parameters()).device
 
     @torch.no_grad()
     def sample(

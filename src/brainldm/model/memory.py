@@ -18,6 +18,7 @@ import torch
 
 from brainldm.base.errors import EnvironmentProblem
 from brainldm.model.description import LatentDiffusionDescription
+from brainldm.nets.atlas import AnyAutoencoderConfig, AtlasAutoencoderConfig
 from brainldm.nets.autoencoder import AutoencoderConfig
 from brainldm.nets.packed import packing_works
 from brainldm.nets.unet import DiffusionUNet, UNetConfig
@@ -66,15 +67,13 @@ def plan_memory(
     sampling = unet_bytes + batch * unet_map_bytes(unet, latent_XYZ)
     sampling += _COPIES_WHILE_PACKING * largest * 2 if packs else 0
     images = batch * 3 * 4 * _voxels(grid_XYZ)  # images of the batch, and copies on the way to a file
-    whole = _PLAIN_COPIES * largest_map_bytes(autoencoder, grid_XYZ, itemsize)
-    slabs = slab_peak_bytes(autoencoder, grid_XYZ, itemsize)
-    ways = [(None, whole)] if device.type == "cuda" or whole < _PLAIN_COPIES * _WHOLE_BELOW_BYTES else []
+    ways = _ways_to_decode(autoencoder, grid_XYZ, itemsize, device)
     small = device.type == "cuda" or unet_bytes < _KEEPS_UNET_BELOW_BYTES
     plans = [
         MemoryPlan(
             slab_bytes, keeps, held + int(_GAPS * max(sampling, (unet_bytes if keeps else 0) + decoding + images))
         )
-        for slab_bytes, decoding in [*ways, (SLAB_BYTES, slabs)]
+        for slab_bytes, decoding in ways
         for keeps in ((True, False) if small else (False,))
     ]
     for plan in plans:
@@ -92,6 +91,17 @@ def plan_memory(
         remedy=", or ".join(advice) + ".",
         reason="memory",
     )
+
+
+def _ways_to_decode(
+    autoencoder: AnyAutoencoderConfig, grid_XYZ: tuple[int, ...], itemsize: int, device: torch.device
+) -> list[tuple[int | None, int]]:
+    """Sizes of slabs (None: whole images) that are worth trying, the fastest first, and what each takes at most."""
+    if isinstance(autoencoder, AtlasAutoencoderConfig):
+        return [(None, atlas_bytes(autoencoder))]
+    whole = _PLAIN_COPIES * largest_map_bytes(autoencoder, grid_XYZ, itemsize)
+    ways = [(None, whole)] if device.type == "cuda" or whole < _PLAIN_COPIES * _WHOLE_BELOW_BYTES else []
+    return [*ways, (SLAB_BYTES, slab_peak_bytes(autoencoder, grid_XYZ, itemsize))]
 
 
 def gigabytes(count: int) -> str:
@@ -123,6 +133,13 @@ def unet_map_bytes(config: UNetConfig, latent_XYZ: tuple[int, ...]) -> int:
 def largest_map_bytes(config: AutoencoderConfig, grid_XYZ: tuple[int, ...], itemsize: int) -> int:
     """The decoder's largest feature map: where the finest level begins, still with the channels of the one before."""
     return max(itemsize * channels * voxels for channels, voxels in _decoder_maps(config, grid_XYZ))
+
+
+def atlas_bytes(config: AtlasAutoencoderConfig) -> int:
+    """What a decode by atlases holds at most, float32: per voxel the atlases, moved and weighted, their weights and
+    displacements, where to look them up, and the image; per cell the maps of the convolutions."""
+    voxels, cells = _voxels(config.grid_XYZ), _voxels(config.cells_XYZ)
+    return 4 * ((4 * config.atlases + 12) * voxels + (_PLAIN_COPIES * config.channels + config.cell**3) * cells)
 
 
 def slab_peak_bytes(config: AutoencoderConfig, grid_XYZ: tuple[int, ...], itemsize: int) -> int:

@@ -22,7 +22,6 @@ from brainldm.nets.blocks import (
     check_widths,
     fold,
     unfold,
-    zeroed,
 )
 
 # The encoder's log-variance is held in this range (Rombach et al. 2022).
@@ -33,10 +32,8 @@ LOG_VARIANCE_RANGE = (-30.0, 20.0)
 class AutoencoderConfig:
     """Widths of an autoencoder. `channels` has one entry a level, each level half the grid of the one before.
 
-    `fold` and `registered_XYZ` are not the paper's. The first moves fold^3 voxels into channels before the first
-    convolution and back after the last, so that no convolution runs at full resolution. The second is the grid of
-    images that all lie in one space: then a mean image is subtracted before the encoder and added after the decoder,
-    and each level learns features of each place, so that the latent need not tell what all brains share.
+    `fold` is not the paper's: fold^3 voxels become channels before the first convolution and voxels again after the
+    last, so that no convolution runs at full resolution.
     """
 
     in_channels: int = 1
@@ -46,13 +43,9 @@ class AutoencoderConfig:
     norm_groups: int = 32
     norm_eps: float = 1e-6
     fold: int = 1
-    registered_XYZ: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))
-        if self.registered_XYZ is not None:
-            object.__setattr__(self, "registered_XYZ", tuple(self.registered_XYZ))
-            check_divisible(self.registered_XYZ, self.downsampling, "the grid of registered images")
         check_widths(self.channels, self.norm_groups, self.norm_eps)
         check_at_least_one(
             in_channels=self.in_channels,
@@ -67,21 +60,10 @@ class AutoencoderConfig:
         return int(self.fold * 2 ** (len(self.channels) - 1))
 
     def latent_shape_CXYZ(self, grid_XYZ: tuple[int, ...]) -> tuple[int, int, int, int]:
-        """The latent of an image on that grid; ValueError for a grid that does not divide by `downsampling`, or is not
-        the one that images were registered to."""
-        if self.registered_XYZ is not None and tuple(grid_XYZ) != self.registered_XYZ:
-            raise ValueError(
-                f"the image grid is {tuple(grid_XYZ)}: this autoencoder knows the places of {self.registered_XYZ} alone"
-            )
+        """The latent of an image on that grid; ValueError for a grid that does not divide by `downsampling`."""
         check_divisible(tuple(grid_XYZ), self.downsampling, "the image grid")
         x, y, z = (n // self.downsampling for n in grid_XYZ)
         return self.latent_channels, x, y, z
-
-    def level_shape_XYZ(self, level: int) -> tuple[int, int, int]:
-        """The grid of a level's feature maps, where images are registered."""
-        assert self.registered_XYZ is not None
-        x, y, z = (n // (self.fold * 2**level) for n in self.registered_XYZ)
-        return x, y, z
 
 
 @dataclass(frozen=True)
@@ -141,18 +123,7 @@ class Upsample(nn.Module):
         return self.postconv(x_BCXYZ)
 
 
-class PlaceFeatures(nn.Module):
-    """Adds to a feature map what was learnt of each of its places; 0 at first."""
-
-    def __init__(self, channels: int, shape_XYZ: tuple[int, int, int]) -> None:
-        super().__init__()
-        self.features = nn.Parameter(torch.zeros(1, channels, *shape_XYZ))
-
-    def forward(self, x_BCXYZ: torch.Tensor) -> torch.Tensor:
-        return x_BCXYZ + self.features
-
-
-class _Chain(nn.Module):
+class Chain(nn.Module):
     """Blocks one after the other, the last in full precision.
 
     With `checkpointing`, activations are computed again in the backward pass instead of being kept.
@@ -178,7 +149,6 @@ def _encoder_blocks(config: AutoencoderConfig) -> list[nn.Module]:
     blocks: list[nn.Module] = [Convolution(config.in_channels * config.fold**3, widths[0])]
     before = widths[0]
     for level, width in enumerate(widths):
-        blocks += _places(config, before, level)
         for _ in range(config.res_blocks):
             blocks.append(ResidualBlock(before, width, groups, eps))
             before = width
@@ -187,17 +157,11 @@ def _encoder_blocks(config: AutoencoderConfig) -> list[nn.Module]:
     return [*blocks, nn.GroupNorm(groups, before, eps), Convolution(before, config.latent_channels)]
 
 
-def _places(config: AutoencoderConfig, channels: int, level: int) -> list[nn.Module]:
-    """What a level begins with where images are registered; nothing elsewhere."""
-    return [] if config.registered_XYZ is None else [PlaceFeatures(channels, config.level_shape_XYZ(level))]
-
-
 def _decoder_blocks(config: AutoencoderConfig) -> list[nn.Module]:
     groups, eps, widths = config.norm_groups, config.norm_eps, config.channels[::-1]
     blocks: list[nn.Module] = [Convolution(config.latent_channels, widths[0])]
     before = widths[0]
     for level, width in enumerate(widths):
-        blocks += _places(config, before, len(widths) - 1 - level)
         for _ in range(config.res_blocks):
             blocks.append(ResidualBlock(before, width, groups, eps))
             before = width
@@ -213,16 +177,18 @@ class Autoencoder(nn.Module):
     def __init__(self, config: AutoencoderConfig, *, checkpointing: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.encoder = _Chain(_encoder_blocks(config), checkpointing=checkpointing)
-        self.decoder = _Chain(_decoder_blocks(config), checkpointing=checkpointing)
+        self.encoder = Chain(_encoder_blocks(config), checkpointing=checkpointing)
+        self.decoder = Chain(_decoder_blocks(config), checkpointing=checkpointing)
         latent = config.latent_channels
         self.quant_conv_mu = Convolution(latent, latent, kernel=1)
         self.quant_conv_log_sigma = Convolution(latent, latent, kernel=1)
         self.post_quant_conv = Convolution(latent, latent, kernel=1)
-        if config.registered_XYZ is not None:
-            nothing = torch.zeros(1, config.in_channels, *config.registered_XYZ)
-            self.mean_image = nn.Parameter(nothing, requires_grad=False)  # set from the training people, not trained
-            zeroed(self.decoder.blocks[-1])  # the first reconstruction is the mean image
+
+    def set_log_variance(self, value: float) -> None:
+        """Makes the encoder begin with about that logarithm of the latent's variance."""
+        bias = self.quant_conv_log_sigma.conv.bias
+        assert bias is not None
+        nn.init.constant_(bias, value)
 
     @property
     def exact_parts(self) -> tuple[nn.Module, ...]:
@@ -233,8 +199,6 @@ class Autoencoder(nn.Module):
     def encode(self, image_BCXYZ: torch.Tensor) -> LatentDistribution:
         """The latent's distribution, float32. ValueError for a grid that does not divide."""
         self.config.latent_shape_CXYZ(tuple(image_BCXYZ.shape[2:]))
-        if self.config.registered_XYZ is not None:
-            image_BCXYZ = image_BCXYZ - self.mean_image
         h_BCXYZ = self.encoder(_channels_last(fold(image_BCXYZ, self.config.fold)))
         mean = at_full_precision(self.quant_conv_mu, h_BCXYZ).float()
         # The paper's code names this log sigma and uses it as the logarithm of the variance.
@@ -256,11 +220,7 @@ class Autoencoder(nn.Module):
     def decode(self, latent_BCXYZ: torch.Tensor) -> torch.Tensor:
         """The image of a latent. No activation at the end: values lie near 0..1 by training, not by force."""
         h_BCXYZ = at_full_precision(self.post_quant_conv, _channels_last(latent_BCXYZ))
-        return self.with_mean(unfold(self.decoder(h_BCXYZ), self.config.fold))
-
-    def with_mean(self, image_BCXYZ: torch.Tensor) -> torch.Tensor:
-        """The decoder's image on top of the mean one, where there is one."""
-        return image_BCXYZ if self.config.registered_XYZ is None else image_BCXYZ + self.mean_image
+        return unfold(self.decoder(h_BCXYZ), self.config.fold)
 
 
 def _channels_last(x_BCXYZ: torch.Tensor) -> torch.Tensor:

@@ -15,16 +15,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from brainldm.nets.autoencoder import Autoencoder, PlaceFeatures, ResidualBlock, Upsample
+from brainldm.nets.atlas import AnyAutoencoder, AtlasAutoencoder
+from brainldm.nets.autoencoder import ResidualBlock, Upsample
 from brainldm.nets.blocks import Convolution, at_full_precision, unfold
 
 Slabs = list[torch.Tensor]  # each (1, C, x, Y, Z), channels last
 
 
-def decode_in_slabs(autoencoder: Autoencoder, latent_BCXYZ: torch.Tensor, slab_bytes: int) -> torch.Tensor:
-    """`autoencoder.decode` for one latent (1, C, x, y, z), float32, in slabs of at most about `slab_bytes`."""
+def decode_in_slabs(autoencoder: AnyAutoencoder, latent_BCXYZ: torch.Tensor, slab_bytes: int) -> torch.Tensor:
+    """`autoencoder.decode` for one latent (1, C, x, y, z), float32, in slabs of at most about `slab_bytes`.
+
+    An autoencoder of atlases, which has no map at full resolution but its atlases', decodes whole.
+    """
     if latent_BCXYZ.shape[0] != 1:
         raise ValueError(f"{latent_BCXYZ.shape[0]} latents were given: slabs are of one image, decode them in turn")
+    if isinstance(autoencoder, AtlasAutoencoder):
+        return autoencoder.decode(latent_BCXYZ)
     latent_BCXYZ = latent_BCXYZ.contiguous(memory_format=torch.channels_last_3d)
     slabs = [at_full_precision(autoencoder.post_quant_conv, latent_BCXYZ)]
     *blocks, norm, last = autoencoder.decoder.blocks
@@ -33,15 +39,12 @@ def decode_in_slabs(autoencoder: Autoencoder, latent_BCXYZ: torch.Tensor, slab_b
     assert isinstance(norm, nn.GroupNorm)
     normed = _haloed(_drained(slabs), _Normalise(slabs, norm, then_silu=False))
     image = [at_full_precision(last, slab, haloed=True).float() for slab in normed]
-    return autoencoder.with_mean(unfold(torch.cat(image, dim=2), autoencoder.config.fold))
+    return unfold(torch.cat(image, dim=2), autoencoder.config.fold)
 
 
 def _through(block: nn.Module, slabs: Slabs, slab_bytes: int) -> Slabs:
     if isinstance(block, ResidualBlock):
         return _through_residual(block, slabs)
-    if isinstance(block, PlaceFeatures):
-        parts = block.features.split([slab.shape[2] for slab in slabs], dim=2)
-        return [slab + part for slab, part in zip(_drained(slabs), parts)]
     if isinstance(block, Upsample):
         # A plane becomes two of four times the size, so slabs are cut before they are doubled.
         cut = (part for slab in _drained(slabs) for part in _cut(slab, slab_bytes // 8))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from brainldm.nets.autoencoder import AutoencoderConfig
+from brainldm.nets.atlas import AtlasAutoencoderConfig
 from brainldm.train.config import Augmentation, AutoencoderStageConfig, DiffusionStageConfig, Recipe
 
 
@@ -22,12 +22,12 @@ def demo() -> Recipe:
     return Recipe(
         name="demo",
         autoencoder=AutoencoderStageConfig(
-            net=AutoencoderConfig(
-                channels=(64,), res_blocks=1, norm_groups=8, latent_channels=4, fold=4, registered_XYZ=(80, 112, 80)
+            net=AtlasAutoencoderConfig(
+                grid_XYZ=(80, 112, 80), cell=4, latent_channels=4, channels=32, res_blocks=1, atlases=4, passes=4
             ),
-            steps=2600,
-            batch=1,
-            learning_rate=1.5e-3,
+            steps=1000,
+            batch=2,
+            learning_rate=2e-3,
             warmup_steps=50,
             cosine_decay=True,
             gradient_clip=1.0,

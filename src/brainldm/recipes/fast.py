@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from brainldm.nets.autoencoder import AutoencoderConfig
+from brainldm.nets.atlas import AtlasAutoencoderConfig
 from brainldm.train.config import Augmentation, AutoencoderStageConfig, DiffusionStageConfig, Recipe
 
 
@@ -26,8 +26,8 @@ def fast() -> Recipe:
     return Recipe(
         name="fast",
         autoencoder=AutoencoderStageConfig(
-            net=AutoencoderConfig(
-                channels=(64,), res_blocks=2, norm_groups=16, latent_channels=4, fold=4, registered_XYZ=(160, 224, 160)
+            net=AtlasAutoencoderConfig(
+                grid_XYZ=(160, 224, 160), cell=4, latent_channels=4, channels=64, res_blocks=2, atlases=4, passes=6
             ),
             steps=300_000,
             batch=2,

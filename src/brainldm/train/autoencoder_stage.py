@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from brainldm.base.streams import stream
 from brainldm.cohort.dataset import VolumeDataset
 from brainldm.model.precision import autocast
-from brainldm.nets.autoencoder import Autoencoder, ResidualBlock
+from brainldm.nets.atlas import AtlasAutoencoder, build_autoencoder
+from brainldm.nets.autoencoder import LatentDistribution, ResidualBlock
 from brainldm.nets.discriminator import discriminator_loss, generator_loss, patch_discriminator
 from brainldm.train.augment import changed, draw_change
 from brainldm.train.batches import BatchOrder
@@ -69,13 +70,9 @@ class AutoencoderStage:
         self._feed = Feed(lambda step: self._training_images(step, self.share), config.steps)
         layout = torch.channels_last_3d
         torch.manual_seed(int(stream(seed, "autoencoder-weights").integers(2**31)))  # torch's initialisers read it
-        self.autoencoder = Autoencoder(config.net, checkpointing=config.checkpointing)
+        self.autoencoder = build_autoencoder(config.net, checkpointing=config.checkpointing)
         if config.initial_log_variance:
-            bias = self.autoencoder.quant_conv_log_sigma.conv.bias
-            assert bias is not None
-            torch.nn.init.constant_(bias, config.initial_log_variance)
-        if config.net.registered_XYZ is not None:
-            self.autoencoder.mean_image.data[0, 0] = torch.from_numpy(mean_image(train))
+            self.autoencoder.set_log_variance(config.initial_log_variance)
         self.autoencoder.to(device=device, memory_format=layout)  # type: ignore[call-overload]
         if sharded:  # its parts, because it is not called as a whole; the discriminator is small
             shard(self.autoencoder.children(), (ResidualBlock,), device)
@@ -93,6 +90,11 @@ class AutoencoderStage:
         if config.perceptual_weight > 0:
             self.features = perceptual_distance(config.perceptual, perceptual_weights, seed).to(device)
 
+    def begin(self) -> None:
+        """An autoencoder of atlases begins at the mean image."""
+        if isinstance(self.autoencoder, AtlasAutoencoder):
+            self.autoencoder.set_atlas(torch.from_numpy(mean_image(self.train)).to(self.device))
+
     # ---- one step -----------------------------------------------------------------------------------------------
 
     def step(self, step: int) -> dict[str, float]:
@@ -104,7 +106,7 @@ class AutoencoderStage:
         # Autoencoder
         self.optimiser.zero_grad(set_to_none=True)
         with autocast(self.device, self.precision):
-            latent = self.autoencoder.encode(image)
+            latent = self._encoded(image, step)
             shape = (config.batch, *latent.mean_BCXYZ.shape[1:])
             noise = stream(self.seed, "autoencoder-noise", step).standard_normal(shape, np.float32)[self.share]
             reconstruction = self.autoencoder.decode(latent.sample(torch.from_numpy(noise).to(self.device)))
@@ -131,6 +133,15 @@ class AutoencoderStage:
         if adversarial:
             figures["discriminator"] = self._train_discriminator(image, reconstruction.detach())
         return {"loss": loss.item(), **{name: value.item() for name, value in figures.items()}}
+
+    def _encoded(self, image: torch.Tensor, step: int) -> LatentDistribution:
+        """An encoder that compares several times learns each of its passes alike: any number of them may come before
+        the one with gradients."""
+        if not isinstance(self.autoencoder, AtlasAutoencoder):
+            return self.autoencoder.encode(image)
+        most = self.autoencoder.config.passes
+        passes = int(stream(self.seed, "autoencoder-passes", step).integers(1, most + 1))
+        return self.autoencoder.encode(image, passes)
 
     def _train_discriminator(self, image: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
         assert self.discriminator is not None

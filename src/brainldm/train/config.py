@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from brainldm.nets.autoencoder import AutoencoderConfig
+from brainldm.nets.atlas import AnyAutoencoderConfig
 
 STAGES = ("autoencoder", "diffusion")
 PerceptualName = Literal["random", "lpips-squeeze", "medicalnet", "encoder"]
@@ -39,7 +39,7 @@ PAPER_AUGMENTATION = Augmentation(
 class AutoencoderStageConfig:
     """Stage 1: weights and rates as the authors use them (paper.md 3.1), unless a recipe says otherwise."""
 
-    net: AutoencoderConfig
+    net: AnyAutoencoderConfig
     steps: int
     batch: int = 1
     learning_rate: float = 5e-5

@@ -21,7 +21,7 @@ from brainldm.base.streams import stream
 from brainldm.cohort.dataset import VolumeDataset
 from brainldm.model.precision import autocast
 from brainldm.model.tensors import write_tensors
-from brainldm.nets.autoencoder import Autoencoder
+from brainldm.nets.atlas import AnyAutoencoder
 from brainldm.train.augment import Change, changed, draw_change
 from brainldm.train.config import NO_AUGMENTATION, Augmentation
 
@@ -49,7 +49,7 @@ class Latents:
 
 def encode_cohort(
     folder: Path,
-    autoencoder: Autoencoder,
+    autoencoder: AnyAutoencoder,
     dataset: VolumeDataset,
     key: str,
     *,

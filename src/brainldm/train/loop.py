@@ -56,6 +56,14 @@ class Stage(Protocol):
 
 
 @runtime_checkable
+class Begins(Protocol):
+    """A stage that does something once, before its first step; a run that goes on has it in the checkpoint."""
+
+    def begin(self) -> None:
+        """Sets from the data what does not come from the seed."""
+
+
+@runtime_checkable
 class ShowsBatch(Protocol):
     """A stage that can say what its networks were shown."""
 
@@ -90,6 +98,8 @@ def run_stage(
     found = load_newest(checkpoints, warn=lambda text: print(f"warning: {text}", file=sys.stderr))  # noqa: T201
     place.check_same(None if found is None else found.step, "newest checkpoints")
     done, seconds_before = 0, 0.0
+    if found is None and isinstance(stage, Begins):
+        stage.begin()
     if found is not None:
         stage.restore(found.tensors)
         done, seconds_before = found.step, found.seconds

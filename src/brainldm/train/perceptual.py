@@ -220,10 +220,22 @@ def perceptual_distance(name: PerceptualName, weights: Sequence[Path], seed: int
     elif name == "medicalnet":
         made = MedicalNetFeatures(read_medicalnet(_only(weights, name)))
     elif name == "encoder":
-        made = EncoderFeatures(load_autoencoder(_only(weights, name))[1])
+        made = EncoderFeatures(_plain_autoencoder(_only(weights, name)))
     else:
         made = RandomFeatures(seed)
     return made.requires_grad_(False).eval()
+
+
+def _plain_autoencoder(folder: Path) -> Autoencoder:
+    autoencoder = load_autoencoder(folder)[1]
+    if not isinstance(autoencoder, Autoencoder):
+        raise BadInput(
+            "has an autoencoder of atlases, whose encoder sees differences and no images.",
+            remedy="Name a model with a plain autoencoder, or choose another perceptual distance.",
+            path=folder,
+            reason="architecture",
+        )
+    return autoencoder
 
 
 def _only(weights: Sequence[Path], name: str) -> Path:

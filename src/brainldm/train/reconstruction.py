@@ -29,7 +29,7 @@ from brainldm.cohort.split import SPLITS
 from brainldm.model.description import AUTOENCODER_NAME
 from brainldm.model.folder import load_autoencoder
 from brainldm.model.precision import autocast, choose_device, choose_precision
-from brainldm.nets.autoencoder import Autoencoder
+from brainldm.nets.atlas import AnyAutoencoder
 from brainldm.train.pictures import save_rows
 
 FIGURES = ("l1", "psnr_db", "ssim", "ms_ssim")  # best: 0; infinite (120 at most is said); 1; 1
@@ -114,7 +114,7 @@ class ReconstructionReport:
 
 @torch.no_grad()
 def reconstruction_report(
-    autoencoder: Autoencoder,
+    autoencoder: AnyAutoencoder,
     images: Images,
     references: Images,
     names: Sequence[str],

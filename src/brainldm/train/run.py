@@ -30,19 +30,19 @@ from brainldm.base.progress import Progress, Quiet
 from brainldm.cohort.dataset import PreparedCohort, VolumeDataset, check_trainable
 from brainldm.cohort.quality import Population, figures_of
 from brainldm.model.description import (
-    AutoencoderDescription,
     CovariatesDescription,
     GridDescription,
     LatentDescription,
     LatentDiffusionDescription,
     ScheduleDescription,
     UNetDescription,
+    describe_autoencoder,
 )
 from brainldm.model.folder import save_model
 from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.model.latent_population import FEWEST_FOR_A_POPULATION, LatentPopulation
 from brainldm.model.precision import choose_device, choose_precision
-from brainldm.nets.autoencoder import Autoencoder
+from brainldm.nets.atlas import AnyAutoencoder, AtlasAutoencoderConfig
 from brainldm.train.autoencoder_stage import AutoencoderStage
 from brainldm.train.checkpoint import load_newest
 from brainldm.train.config import STAGES, AutoencoderStageConfig, Recipe
@@ -177,10 +177,10 @@ class _Run:
                 f"the U-Net of recipe {self.recipe.name!r} divide it by together.",
                 remedy="Choose another recipe or another grid.",
             )
-        registered_XYZ = self.recipe.autoencoder.net.registered_XYZ
-        if registered_XYZ not in (None, self.cohort.grid.shape_XYZ):
+        net = self.recipe.autoencoder.net
+        if isinstance(net, AtlasAutoencoderConfig) and net.grid_XYZ != self.cohort.grid.shape_XYZ:
             raise UsageError(
-                f"recipe {self.recipe.name!r} is for images of {registered_XYZ} voxels, and the cohort's have "
+                f"recipe {self.recipe.name!r} is for images of {net.grid_XYZ} voxels, and the cohort's have "
                 f"{self.cohort.grid.shape_XYZ}.",
                 remedy="Prepare the study on that grid, or choose another recipe.",
             )
@@ -258,7 +258,7 @@ class _Run:
             place=self.place,
         )
 
-    def _trained_autoencoder(self) -> tuple[Autoencoder, dict[str, Any]]:
+    def _trained_autoencoder(self) -> tuple[AnyAutoencoder, dict[str, Any]]:
         """The autoencoder as stage 1 left it; stage 1 must have been run (with any number of steps)."""
         summary_path = self.out / "autoencoder" / "summary.json"
         if not summary_path.is_file():
@@ -349,7 +349,7 @@ class _Run:
         _, c, x, y, z = latents.mean_NCXYZ.shape
         return LatentDiffusionDescription(
             name=f"{self.cohort.name}-{self.recipe.name}",
-            autoencoder=AutoencoderDescription(**_fields(self.recipe.autoencoder.net, AutoencoderDescription)),
+            autoencoder=describe_autoencoder(self.recipe.autoencoder.net),
             unet=UNetDescription(**_fields(net, UNetDescription)),
             schedule=ScheduleDescription(
                 kind=diffusion.schedule,
@@ -403,7 +403,7 @@ def _fields(config: Any, description: type) -> dict[str, Any]:
     return {name: getattr(config, name) for name in description.model_fields}  # type: ignore[attr-defined]
 
 
-def _latents_key(autoencoder: Autoencoder, cohort: PreparedCohort) -> str:
+def _latents_key(autoencoder: AnyAutoencoder, cohort: PreparedCohort) -> str:
     digest = hashlib.sha256(cohort.digest.encode())
     for name, tensor in sorted(autoencoder.state_dict().items()):
         digest.update(name.encode())
