@@ -22,6 +22,7 @@ from brainldm.base.streams import stream
 from brainldm.generate.run import row_noise
 from brainldm.model.description import POPULATION_NAME
 from brainldm.model.folder import load_latent_diffusion, load_model
+from brainldm.nets.atlas import AtlasAutoencoder, AtlasAutoencoderConfig
 from brainldm.train.checkpoint import Checkpoint, load_newest, save_checkpoint
 from brainldm.train.config import Augmentation, Recipe
 from brainldm.train.loop import run_stage
@@ -122,7 +123,7 @@ def test_guidance_goes_along_the_line_from_the_untold_to_the_told(run_with_every
 
 def test_a_recipe_of_registered_images_is_for_one_grid(tiny_cohort: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe()
-    net = replace(recipe.autoencoder.net, registered_XYZ=(32, 24, 16))
+    net = AtlasAutoencoderConfig(grid_XYZ=(32, 24, 16))
     recipe = replace(recipe, autoencoder=replace(recipe.autoencoder, net=net))
     with pytest.raises(UsageError, match=r"images of \(32, 24, 16\) voxels, and the cohort's have \(16, 24, 16\)"):
         train(recipe, tiny_cohort, tmp_path / "run")
@@ -135,9 +136,9 @@ def test_too_few_people_show_no_population(tmp_path: Path) -> None:
         train(everything_on(), tmp_path / "few", tmp_path / "run")
 
 
-def test_a_registered_autoencoder_trains_and_generates(tiny_cohort: Path, tmp_path: Path) -> None:
+def test_an_autoencoder_of_atlases_trains_and_generates(tiny_cohort: Path, tmp_path: Path) -> None:
     recipe = everything_on()
-    net = replace(recipe.autoencoder.net, channels=(8,), fold=4, registered_XYZ=(16, 24, 16))
+    net = AtlasAutoencoderConfig(grid_XYZ=(16, 24, 16), channels=8, atlases=2, passes=2)
     recipe = replace(
         recipe,
         autoencoder=replace(recipe.autoencoder, net=net, initial_log_variance=-5.0),
@@ -145,7 +146,8 @@ def test_a_registered_autoencoder_trains_and_generates(tiny_cohort: Path, tmp_pa
     )
     train(recipe, tiny_cohort, tmp_path / "run")
     model = load_latent_diffusion(tmp_path / "run")
-    assert float(model.autoencoder.mean_image.max()) > 0.5
+    assert isinstance(model.autoencoder, AtlasAutoencoder)
+    assert float(model.autoencoder.atlases[0, 0].max()) > 0.5
     person = model.joint.draw(stream(0, "somebody"))
     assert model.sample([person], [row_noise(0, 0)])[0].shape == (16, 24, 16)
 

@@ -25,7 +25,7 @@ def demo() -> Recipe:
             net=AtlasAutoencoderConfig(
                 grid_XYZ=(80, 112, 80), cell=4, latent_channels=4, channels=32, res_blocks=1, atlases=4, passes=4
             ),
-            steps=1000,
+            steps=600,
             batch=2,
             learning_rate=2e-3,
             warmup_steps=50,
