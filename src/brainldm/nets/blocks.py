@@ -6,8 +6,6 @@ that weights pass between the two without a table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -38,10 +36,17 @@ class Convolution(nn.Module):
         if self.doubles:
             x_BCXYZ = double_by_nearest(x_BCXYZ)
         if not haloed or self.conv.kernel_size[0] == 1:
-            return convolved(x_BCXYZ, self.conv, self.conv.padding)
+            sides = self.conv.kernel_size[0] // 2 if self.conv.stride[0] == 1 else 0
+            return self._by_onednn(x_BCXYZ, sides) if by_onednn(x_BCXYZ, self.conv) else self.conv(x_BCXYZ)
         if self.doubles:
             x_BCXYZ = x_BCXYZ[:, :, 1:-1]  # of each neighbour's two planes the nearer one
-        return convolved(x_BCXYZ, self.conv, (0, 1, 1))
+        return F.conv3d(x_BCXYZ, self.conv.weight, self.conv.bias, padding=(0, 1, 1))
+
+    def _by_onednn(self, x_BCXYZ: torch.Tensor, sides: int) -> torch.Tensor:
+        conv = self.conv
+        return torch.mkldnn_convolution(
+            x_BCXYZ, conv.weight, conv.bias, [sides] * 3, list(conv.stride), [1, 1, 1], groups=1
+        )
 
     def _through_packed(self, x_BCXYZ: torch.Tensor, haloed: bool) -> torch.Tensor:
         if self.packed is None:
@@ -61,24 +66,18 @@ class Convolution(nn.Module):
         return PackedConvolution(weight.to(torch.bfloat16), bias, padding=padding, stride=stride)
 
 
-def convolved(x_BCXYZ: torch.Tensor, conv: nn.Conv3d, padding: Sequence[int] | str) -> torch.Tensor:
-    """The convolution, with other padding than its own.
-
-    For a single small map on a CPU torch 2.13 takes its own kernel instead of oneDNN's, which is 2 to 15 times as fast
-    on the maps of a latent; then oneDNN is called by name. Without gradients alone: training has batches.
-    """
-    oneDNN = (
-        x_BCXYZ.device.type == "cpu"
-        and len(x_BCXYZ) == 1
+def by_onednn(x_BCXYZ: torch.Tensor, conv: nn.Conv3d) -> bool:
+    """Whether oneDNN has to be called by name. For a single small map on a CPU torch 2.13 takes a kernel of its own,
+    which needs 2 to 15 times as long on the maps of a latent. Without gradients alone: training has batches."""
+    return (
+        len(x_BCXYZ) == 1
+        and x_BCXYZ.device.type == "cpu"
         and x_BCXYZ.dtype == conv.weight.dtype == torch.float32
         and conv.kernel_size[0] > 1
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
     )
-    if oneDNN and not isinstance(padding, str):
-        return torch.mkldnn_convolution(x_BCXYZ, conv.weight, conv.bias, padding, conv.stride, conv.dilation, 1)
-    return F.conv3d(x_BCXYZ, conv.weight, conv.bias, conv.stride, padding)
 
 
 def activated(norm: nn.Module, x_BCXYZ: torch.Tensor) -> torch.Tensor:
