@@ -43,6 +43,17 @@ def test_the_published_widths_and_what_fits() -> None:
         ColeNet(ColeConfig.fitting((7, 8, 9)))(torch.zeros(1, 1, 8, 8, 8))
 
 
+def test_voxels_can_be_averaged_first(tiny_cohort: Path, tmp_path: Path) -> None:
+    config = ColeConfig.fitting((16, 24, 16), averaging=2)
+    assert config.averaged_XYZ == (8, 12, 8) and config.channels == (8, 16, 32)
+    net, image = ColeNet(config).eval(), torch.rand(1, 1, 16, 24, 16)
+    alike = torch.nn.functional.avg_pool3d(image, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(net(image), net(alike.repeat_interleave(2, 4)))
+    predictor = train_predictor("age", tiny_cohort, tmp_path / "run", config=replace(QUICK, averaging=2))
+    assert read_predictor(tmp_path / "run").averaging == predictor.averaging == 2
+    assert predictor(Volume(np.random.default_rng(0).random((16, 24, 16), np.float32), predictor.grid.affine))
+
+
 def test_it_learns_what_is_there_to_see(tiny_cohort: Path, tmp_path: Path) -> None:
     """The tiny cohort's people differ in a hole; its size, given as their age, can be learnt from eight of them."""
     cohort = Path(shutil.copytree(tiny_cohort, tmp_path / "cohort"))

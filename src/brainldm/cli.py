@@ -183,14 +183,27 @@ def train(
     tensorboard: Annotated[
         bool, Parameter(help="Event files in OUT/STAGE/tensorboard; needs brainldm[tensorboard].", negative="")
     ] = False,
+    averaging: Annotated[
+        int | None,
+        Parameter(help="age and sex: voxels along each axis that become their mean first; 8 times faster at 2."),
+    ] = None,
     dry_run: Annotated[bool, Parameter(help="Print the resolved recipe and stop.", negative="")] = False,
 ) -> None:
     """A cohort becomes a model. RECIPE is quick, demo, small, fast or paper; lsgan or vaegan trains a baseline, age or
     sex the judge's predictor."""
     given = perceptual or perceptual_weights
-    _check_flags_of(recipe, perceptual=given, cache=cache, tensorboard=tensorboard, shard=shard)
+    _check_flags_of(recipe, perceptual=given, cache=cache, tensorboard=tensorboard, shard=shard, averaging=averaging)
     if recipe in ("age", "sex"):
-        _train_predictor(recipe, data, out, steps=steps, minutes=minutes, device=device, precision=precision)
+        _train_predictor(
+            recipe,
+            data,
+            out,
+            steps=steps,
+            minutes=minutes,
+            averaging=averaging,
+            device=device,
+            precision=precision,
+        )
         return
     if recipe in ("lsgan", "vaegan"):
         _train_baseline(
@@ -240,12 +253,13 @@ def _check_flags_of(recipe: str, **flags: object) -> None:
     from brainldm.base.errors import UsageError
 
     heard: dict[str, tuple[str, ...]] = {
-        "age": (),
-        "sex": (),
+        "age": ("averaging",),
+        "sex": ("averaging",),
         "lsgan": ("cache", "tensorboard"),
         "vaegan": ("cache", "tensorboard"),
     }
-    deaf = [name for name, value in flags.items() if value and name not in heard.get(recipe, tuple(flags))]
+    of_diffusion = tuple(name for name in flags if name != "averaging")
+    deaf = [name for name, value in flags.items() if value and name not in heard.get(recipe, of_diffusion)]
     if deaf:
         raise UsageError(f"training {recipe} knows nothing of --{deaf[0]}.", remedy="Leave it out.")
 
@@ -292,13 +306,30 @@ def _train_baseline(
 
 
 def _train_predictor(
-    what: str, data: Path, out: Path, *, steps: int | None, minutes: float | None, device: str, precision: str
+    what: str,
+    data: Path,
+    out: Path,
+    *,
+    steps: int | None,
+    minutes: float | None,
+    averaging: int | None,
+    device: str,
+    precision: str,
 ) -> None:
+    from brainldm.train.config import PredictorConfig
     from brainldm.train.predictor_run import train_predictor
 
     with _progress() as progress:
         predictor = train_predictor(
-            what, data, out, steps=steps, minutes=minutes, device=device, precision=precision, progress=progress
+            what,
+            data,
+            out,
+            config=PredictorConfig(averaging=averaging or 1),
+            steps=steps,
+            minutes=minutes,
+            device=device,
+            precision=precision,
+            progress=progress,
         )
     _say(f"On held-out people: {json.dumps(predictor.training['held_out'])}")
     _say(f"The predictor is in {predictor.folder}.")

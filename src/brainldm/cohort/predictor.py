@@ -51,6 +51,7 @@ class Predictor:
     target: Target
     grid: Grid
     channels: tuple[int, ...]
+    averaging: int
     offset: float
     scale: float
     training: Mapping[str, Any]
@@ -73,7 +74,7 @@ class Predictor:
             )
         data_XYZ, _ = to_unit(image.data_XYZ)  # it has learnt from images in 0..1
         tensor = torch.from_numpy(np.ascontiguousarray(data_XYZ, dtype=np.float32))[None, None]
-        config = ColeConfig(self.grid.shape_XYZ, self.channels)
+        config = ColeConfig(self.grid.shape_XYZ, self.channels, self.averaging)
         number = float(_network(self.folder / _WEIGHTS, self.weights_sha256, config)(tensor)[0])
         if self.target == "sex":
             return PredictedSex(1 / (1 + math.exp(-max(-60.0, min(60.0, number)))))
@@ -99,6 +100,7 @@ def write_predictor(folder: Path, predictor: Predictor, network: ColeNet) -> Pre
         "target": predictor.target,
         "grid": predictor.grid.to_json(),
         "channels": list(predictor.channels),
+        "averaging": predictor.averaging,
         "offset": predictor.offset,
         "scale": predictor.scale,
         "training": dict(predictor.training),
@@ -130,6 +132,7 @@ def read_predictor(folder: Path) -> Predictor:
             content["target"],
             grid_from_json(content["grid"]),
             tuple(int(c) for c in content["channels"]),
+            int(content.get("averaging", 1)),
             float(content["offset"]),
             float(content["scale"]),
             content["training"],

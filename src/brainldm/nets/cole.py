@@ -16,29 +16,43 @@ from brainldm.nets.blocks import check_at_least_one
 
 @dataclass(frozen=True)
 class ColeConfig:
-    """`shape_XYZ` is the image's; the paper's five blocks need at least 32 voxels along each side."""
+    """`shape_XYZ` is the image's; the paper's five blocks need at least 32 voxels along each side.
+
+    `averaging` is not the paper's: so many voxels along each axis become their mean before the first block, which
+    makes the network as much cheaper as there are fewer.
+    """
 
     shape_XYZ: tuple[int, int, int]
     channels: tuple[int, ...] = (8, 16, 32, 64, 128)
+    averaging: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape_XYZ", tuple(self.shape_XYZ))
         object.__setattr__(self, "channels", tuple(self.channels))
-        check_at_least_one(blocks=len(self.channels), **{f"channels_{i}": c for i, c in enumerate(self.channels)})
-        if min(self.shape_XYZ) < 2 ** len(self.channels):
+        check_at_least_one(
+            blocks=len(self.channels),
+            averaging=self.averaging,
+            **{f"channels_{i}": c for i, c in enumerate(self.channels)},
+        )
+        if min(self.averaged_XYZ) < 2 ** len(self.channels):
             raise ValueError(
-                f"an image of {self.shape_XYZ} voxels cannot be halved {len(self.channels)} times: use fewer channels"
+                f"an image of {self.averaged_XYZ} voxels cannot be halved {len(self.channels)} times: "
+                "use fewer channels"
             )
 
     @classmethod
-    def fitting(cls, shape_XYZ: tuple[int, int, int]) -> ColeConfig:
+    def fitting(cls, shape_XYZ: tuple[int, int, int], averaging: int = 1) -> ColeConfig:
         """The paper's widths, as many of them as the grid can be halved."""
-        halvings = min(shape_XYZ).bit_length() - 1
-        return cls(shape_XYZ, cls.channels[: max(1, halvings)])
+        halvings = (min(shape_XYZ) // averaging).bit_length() - 1
+        return cls(shape_XYZ, cls.channels[: max(1, halvings)], averaging)
+
+    @property
+    def averaged_XYZ(self) -> tuple[int, ...]:
+        return tuple(n // self.averaging for n in self.shape_XYZ)
 
     @property
     def last_shape_XYZ(self) -> tuple[int, ...]:
-        return tuple(n // 2 ** len(self.channels) for n in self.shape_XYZ)
+        return tuple(n // 2 ** len(self.channels) for n in self.averaged_XYZ)
 
 
 class ColeNet(nn.Module):
@@ -47,6 +61,7 @@ class ColeNet(nn.Module):
     def __init__(self, config: ColeConfig) -> None:
         super().__init__()
         self.config = config
+        self.averaged = nn.AvgPool3d(config.averaging) if config.averaging > 1 else nn.Identity()
         blocks: list[nn.Module] = []
         before = 1
         for width in config.channels:
@@ -68,4 +83,4 @@ class ColeNet(nn.Module):
             raise ValueError(
                 f"images of {tuple(image_B1XYZ.shape[2:])} voxels: this net was made for {self.config.shape_XYZ}"
             )
-        return self.last(self.blocks(image_B1XYZ).flatten(1))[:, 0]
+        return self.last(self.blocks(self.averaged(image_B1XYZ)).flatten(1))[:, 0]

@@ -117,7 +117,8 @@ class GanStageConfig:
 
 @dataclass(frozen=True)
 class PredictorConfig:
-    """A predictor of age or sex: stochastic gradient descent with momentum, as Cole et al. 2017."""
+    """A predictor of age or sex: stochastic gradient descent with momentum, as Cole et al. 2017. `averaging` voxels
+    along each axis become one before the first convolution."""
 
     steps: int = 2000
     batch: int = 8
@@ -126,6 +127,7 @@ class PredictorConfig:
     weight_decay: float = 5e-5
     gradient_clip: float = 5.0
     shift_voxels: int = 2
+    averaging: int = 1
 
 
 @dataclass(frozen=True)

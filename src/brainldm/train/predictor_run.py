@@ -74,6 +74,7 @@ def train_predictor(
             target,
             cohort.grid,
             stage.network.config.channels,
+            stage.network.config.averaging,
             stage.offset,
             stage.scale,
             {

@@ -51,7 +51,7 @@ class PredictorStage:
         labels = self._labels(train)
         self.offset, self.scale = (float(labels.mean()), float(labels.std())) if target == "age_years" else (0.0, 1.0)
         torch.manual_seed(int(stream(seed, "predictor-weights").integers(2**31)))
-        self.network = ColeNet(ColeConfig.fitting(shape_XYZ))
+        self.network = ColeNet(ColeConfig.fitting(shape_XYZ, config.averaging))
         self.network.to(device=device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.optimiser = torch.optim.SGD(
             self.network.parameters(), lr=config.learning_rate, momentum=0.9, weight_decay=config.weight_decay
