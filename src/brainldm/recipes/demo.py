@@ -43,7 +43,7 @@ def demo() -> Recipe:
             head_channels=(0, 64),
             norm_groups=16,
             res_blocks=1,
-            steps=1200,
+            steps=1800,
             batch=6,
             learning_rate=1e-3,
             warmup_steps=100,
