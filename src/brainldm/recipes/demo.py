@@ -38,9 +38,9 @@ def demo() -> Recipe:
             augmentation=flips,
         ),
         diffusion=DiffusionStageConfig(
-            channels=(64, 128),
+            channels=(64, 112),
             attention=(False, True),
-            head_channels=(0, 64),
+            head_channels=(0, 56),
             norm_groups=16,
             res_blocks=1,
             steps=1800,
