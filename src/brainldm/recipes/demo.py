@@ -13,10 +13,10 @@ def demo() -> Recipe:
         brainldm prepare PHANTOMS COHORT --grid 2mm --workers 2
         brainldm train demo --data COHORT --out RUN
 
-    That made the shipped model; its card says how long it took and what it scores. No convolution runs at full
-    resolution: the autoencoder folds 4 x 4 x 4 voxels into channels and the U-Net 2 x 2 x 2 of the latent's. The
-    autoencoder begins at the mean image, the U-Net at the population's mean latent for the given covariates. Images are
-    flipped, which is right for phantoms alone: their template is symmetric.
+    That made the shipped model; its card says how long it took and what it scores. The autoencoder moves and mixes
+    atlases (nets/atlas), and no convolution of it runs at full resolution; the U-Net folds 2 x 2 x 2 of the latent's
+    voxels into channels, and begins at the population's mean latent for the given covariates. Its widths are what fits
+    a package of 25 MB. Images are flipped, which is right for phantoms alone: their template is symmetric.
     """
     flips = Augmentation(flip_probability=0.5)
     return Recipe(

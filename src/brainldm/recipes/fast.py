@@ -12,10 +12,9 @@ def fast() -> Recipe:
         brainldm train fast --data COHORT --out RUN
         brainldm generate RUN OUT --steps 10
 
-    4 x 4 x 4 voxels are folded into channels before the first convolution, so that none runs at full resolution, and
-    nothing is halved after that: doubling by repetition loses where in a voxel something lies, and a shallow decoder
-    does not find it again. The latent is 4 x 40 x 56 x 40 (16-fold compression); the U-Net folds it to 20 x 28 x 20.
-    Steps along the line of rectified flow, velocity predicted (docs/training.md says why), on what the population's
+    The autoencoder moves and mixes atlases (nets/atlas): a latent voxel is a cell of 4 x 4 x 4 voxels, no convolution
+    runs at full resolution, and the residual that it adds is for what no atlas has. The latent is 4 x 40 x 56 x 40
+    (16-fold compression); the U-Net folds it to 20 x 28 x 20. Steps along the line of rectified flow, velocity predicted (docs/training.md says why), on what the population's
     mean leaves; timesteps drawn from the middle, covariates equalised and told to every block, dropped one time in ten
     for guidance. No flips: people are not symmetric.
 

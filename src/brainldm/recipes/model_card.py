@@ -528,6 +528,7 @@ def _commands(parts: _Parts, cohort: Path, n: int, reconstructed: int, pairs: in
     for name, predictor in parts.predictors.items():
         steps = dict(predictor.training).get("steps")
         told = f" --steps {steps}" if steps else ""
+        told += f" --averaging {predictor.averaging}" if predictor.averaging > 1 else ""
         commands.append(f"brainldm train {name} --data COHORT --out {name.upper()}{told}")
     predictors = "".join(f" --{name} {name.upper()}" for name in parts.predictors)
     return [
