@@ -14,6 +14,8 @@ from brainldm.nets.atlas import (
     warped,
 )
 from brainldm.nets.autoencoder import Autoencoder, AutoencoderConfig
+from brainldm.nets.blocks import pack_for_sampling
+from brainldm.nets.packed import packing_works
 from brainldm.nets.slabs import decode_in_slabs
 
 GRID = (16, 24, 20)
@@ -143,3 +145,18 @@ def test_it_knows_one_grid() -> None:
         AtlasAutoencoderConfig(grid_XYZ=(16, 24, 18))
     with pytest.raises(ValueError, match="latent_channels is 2: a displacement alone takes 3"):
         AtlasAutoencoderConfig(grid_XYZ=GRID, latent_channels=2)
+
+
+@pytest.mark.skipif(not packing_works(), reason="this build of torch cannot pack convolutions")
+@torch.no_grad()
+def test_packed_weights_decode_and_encode_nearly_the_same() -> None:
+    network = build().eval()
+    for parameter in network.parameters():
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    image = blobs((1, 0, 1))
+    exact = network.decode(network.encode(image).mean_BCXYZ)
+    pack_for_sampling(network, network.exact_parts)
+    with torch.autocast("cpu", torch.bfloat16):
+        packed = network.decode(network.encode(image).mean_BCXYZ)
+    assert packed.dtype == torch.float32
+    assert float((packed - exact).square().mean().sqrt()) < 0.01
