@@ -20,6 +20,7 @@ from brainldm.base.covariates import (
     CovariateModel,
     CovariateRanges,
     Covariates,
+    Marginal,
     conditions,
     covariates_array,
     implausible,
@@ -428,3 +429,11 @@ def draw_of(index: int) -> Covariates:
         float(np.exp(draws.normal(10.2, 0.5))),
         float(draws.normal(1.4e6, 5e4)),
     )
+
+
+def test_every_volume_has_a_score_however_far_below_training() -> None:
+    marginal = Marginal.fitted(np.exp(stream(0, "volumes").normal(10, 0.4, 300)), logarithmic=True)
+    asked = np.array([-30_000.0, -1.0, 0.0, 0.5 * marginal.low, marginal.low, 20_000.0, 1.5 * marginal.high])
+    scores = np.array([marginal.score(float(value)) for value in asked])
+    assert (np.diff(scores) > 0).all()
+    np.testing.assert_allclose(marginal.value(scores), asked, rtol=1e-6, atol=1e-3)

@@ -214,8 +214,9 @@ _TRIES = 64
 class Marginal:
     """One covariate's distribution: values at standard normal scores, smoothed so that no knot is a person's value.
 
-    Volumes are interpolated in their logarithm. Beyond the knots the mean slope goes on, so that every value has a
-    score; `low` and `high` are the training range, which draws do not leave.
+    Volumes are interpolated in their logarithm. Beyond the knots the mean slope goes on; below `low` a volume follows
+    the tangent instead of the logarithm, so that every value has a score, negative ones of Figure 4 too. `low` and
+    `high` are the training range, which draws do not leave.
     """
 
     scores: tuple[float, ...]
@@ -248,7 +249,9 @@ class Marginal:
     def score(self, value: float) -> float:
         """The normal score of a value."""
         scores, values, slope = self._curve()
-        at = math.log(value) if self.logarithmic else value
+        at = value
+        if self.logarithmic:
+            at = math.log(value) if value >= self.low else math.log(self.low) + value / self.low - 1
         if at < values[0]:
             return float(scores[0] + (at - values[0]) / slope)
         if at > values[-1]:
@@ -260,7 +263,10 @@ class Marginal:
         scores, values, slope = self._curve()
         at = np.interp(score, scores, values)
         at = at + slope * (np.minimum(score - scores[0], 0) + np.maximum(score - scores[-1], 0))
-        return np.exp(at) if self.logarithmic else at
+        if not self.logarithmic:
+            return at
+        lowest = math.log(self.low)
+        return np.where(at >= lowest, np.exp(np.maximum(at, lowest)), self.low * (1 + at - lowest))
 
 
 def _harrell_davis(sample: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
