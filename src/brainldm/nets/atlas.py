@@ -7,9 +7,8 @@ for each cell of voxels, a displacement, a weight of each atlas, and what has to
 
 The encoder compares instead of looking: it decodes the latent it has, finds by least squares how the cells of that
 image should move to match the given one (Lucas & Kanade 1981), and corrects the latent, a few times over. A network
-that is shown where it is wrong has little to learn: after 100 steps it reconstructs as well as the plain autoencoder of
-its size after 2600. It is not the paper's, which knows nothing of places; see Marino et al. 2018 for encoders that
-iterate and Shu et al. 2018 for autoencoders that deform.
+that is shown where it is wrong has little to learn. It is not the paper's, which knows nothing of places; see Marino
+et al. 2018 for encoders that iterate and Shu et al. 2018 for autoencoders that deform.
 """
 
 from __future__ import annotations
