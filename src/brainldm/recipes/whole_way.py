@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from brainldm.generate.plan import Sweep
 
 _REAL_PEOPLE_MEASURED = 24  # enough for the instrument's own row; measuring is what takes the time
-# A phantom takes 4 s to paint at 2 mm, and a brain 1.5 s to measure: on two cores these take about a minute.
-_REFERENCE_PEOPLE = 14
-_REFERENCE_MEASURED = 6
+# At 2 mm a phantom takes 4 s of one core to paint and a brain 7 s to measure, which is most of the demo's three minutes.
+_REFERENCE_PEOPLE = 8
+_REFERENCE_MEASURED = 3
 _REFERENCE_SEED = 7_000_000  # added to the demo's seed: none of them is a person that a shipped model was trained on
 _PAIRS = 200
 
