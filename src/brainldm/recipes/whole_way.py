@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from brainldm.generate.plan import Sweep
 
 _REAL_PEOPLE_MEASURED = 24  # enough for the instrument's own row; measuring is what takes the time
-# At 2 mm a phantom takes 4 s of one core to paint and a brain 7 s to measure, which is most of the demo's three minutes.
+# At 2 mm a phantom takes 4 s of one core to paint and a brain 7 s to measure: that is most of the demo's time.
 _REFERENCE_PEOPLE = 8
 _REFERENCE_MEASURED = 3
 _REFERENCE_SEED = 7_000_000  # added to the demo's seed: none of them is a person that a shipped model was trained on
