@@ -30,6 +30,7 @@ from brainldm.nets.autoencoder import (
 from brainldm.nets.blocks import (
     Convolution,
     at_full_precision,
+    channels_last,
     check_at_least_one,
     check_divisible,
     check_widths,
@@ -73,11 +74,6 @@ class AtlasAutoencoderConfig:
         check_at_least_one(cell=self.cell, res_blocks=self.res_blocks, atlases=self.atlases, passes=self.passes)
         if self.latent_channels < 3:
             raise ValueError(f"latent_channels is {self.latent_channels}: a displacement alone takes 3")
-
-    @property
-    def in_channels(self) -> int:
-        """One: an image has one grey value a voxel."""
-        return 1
 
     @property
     def downsampling(self) -> int:
@@ -159,14 +155,14 @@ class AtlasAutoencoder(nn.Module):
             moves_BCXYZ = displacements(wrong_BCXYZ, explained_BCXYZ, self.config.cell)
         wrong_BCXYZ = _WRONG_GAIN * fold(wrong_BCXYZ, self.config.cell)
         seen_BCXYZ = torch.cat([wrong_BCXYZ, moves_BCXYZ, z_BCXYZ], dim=1)
-        answer_BCXYZ = self.encoder(_channels_last(seen_BCXYZ)).float()
+        answer_BCXYZ = self.encoder(channels_last(seen_BCXYZ)).float()
         step_BCXYZ, log_variance_BCXYZ = answer_BCXYZ.chunk(2, dim=1)
         step_BCXYZ = at_full_precision(self.latent_of_displacement, moves_BCXYZ) + _GAIN * step_BCXYZ
         return LatentDistribution(z_BCXYZ + step_BCXYZ, log_variance_BCXYZ.clamp(*LOG_VARIANCE_RANGE))
 
     def decode(self, latent_BCXYZ: torch.Tensor) -> torch.Tensor:
         """The image of a latent, float32. Values lie near 0..1 by training, not by force."""
-        latent_BCXYZ = _channels_last(latent_BCXYZ)
+        latent_BCXYZ = channels_last(latent_BCXYZ)
         answer_BCXYZ = _GAIN * self.decoder(latent_BCXYZ).float()
         straight_BCXYZ = at_full_precision(self.displacement_of_latent, latent_BCXYZ).float()
         return self._composed(straight_BCXYZ, answer_BCXYZ)
@@ -254,10 +250,6 @@ def _slope(map_BCXYZ: torch.Tensor, axis: int) -> torch.Tensor:
     inner = (map_BCXYZ.narrow(axis, 2, n - 2) - map_BCXYZ.narrow(axis, 0, n - 2)) / 2
     sides = [0, 0] * (map_BCXYZ.ndim - 1 - axis) + [1, 1]
     return F.pad(inner, sides)
-
-
-def _channels_last(x_BCXYZ: torch.Tensor) -> torch.Tensor:
-    return x_BCXYZ.contiguous(memory_format=torch.channels_last_3d)
 
 
 AnyAutoencoder = Autoencoder | AtlasAutoencoder

@@ -17,6 +17,7 @@ from brainldm.nets.blocks import (
     Convolution,
     activated,
     at_full_precision,
+    channels_last,
     check_at_least_one,
     check_divisible,
     check_widths,
@@ -199,7 +200,7 @@ class Autoencoder(nn.Module):
     def encode(self, image_BCXYZ: torch.Tensor) -> LatentDistribution:
         """The latent's distribution, float32. ValueError for a grid that does not divide."""
         self.config.latent_shape_CXYZ(tuple(image_BCXYZ.shape[2:]))
-        h_BCXYZ = self.encoder(_channels_last(fold(image_BCXYZ, self.config.fold)))
+        h_BCXYZ = self.encoder(channels_last(fold(image_BCXYZ, self.config.fold)))
         mean = at_full_precision(self.quant_conv_mu, h_BCXYZ).float()
         # The paper's code names this log sigma and uses it as the logarithm of the variance.
         log_variance = at_full_precision(self.quant_conv_log_sigma, h_BCXYZ).float()
@@ -208,7 +209,7 @@ class Autoencoder(nn.Module):
     def encoder_maps(self, image_BCXYZ: torch.Tensor, levels: int) -> list[torch.Tensor]:
         """What the encoder sees at the end of its first `levels` levels (of all, where it has fewer), finest first."""
         maps: list[torch.Tensor] = []
-        x_BCXYZ = _channels_last(fold(image_BCXYZ, self.config.fold))
+        x_BCXYZ = channels_last(fold(image_BCXYZ, self.config.fold))
         for block in self.encoder.blocks[:-2]:  # the last two make the latent
             if isinstance(block, Downsample):
                 maps.append(x_BCXYZ)
@@ -219,9 +220,5 @@ class Autoencoder(nn.Module):
 
     def decode(self, latent_BCXYZ: torch.Tensor) -> torch.Tensor:
         """The image of a latent. No activation at the end: values lie near 0..1 by training, not by force."""
-        h_BCXYZ = at_full_precision(self.post_quant_conv, _channels_last(latent_BCXYZ))
+        h_BCXYZ = at_full_precision(self.post_quant_conv, channels_last(latent_BCXYZ))
         return unfold(self.decoder(h_BCXYZ), self.config.fold)
-
-
-def _channels_last(x_BCXYZ: torch.Tensor) -> torch.Tensor:
-    return x_BCXYZ.contiguous(memory_format=torch.channels_last_3d)

@@ -98,9 +98,10 @@ def run_stage(
     found = load_newest(checkpoints, warn=lambda text: print(f"warning: {text}", file=sys.stderr))  # noqa: T201
     place.check_same(None if found is None else found.step, "newest checkpoints")
     done, seconds_before = 0, 0.0
-    if found is None and isinstance(stage, Begins):
-        stage.begin()
-    if found is not None:
+    if found is None:
+        if isinstance(stage, Begins):
+            stage.begin()
+    else:
         stage.restore(found.tensors)
         done, seconds_before = found.step, found.seconds
         if place.leads:

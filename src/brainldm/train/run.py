@@ -350,7 +350,7 @@ class _Run:
         return LatentDiffusionDescription(
             name=f"{self.cohort.name}-{self.recipe.name}",
             autoencoder=describe_autoencoder(self.recipe.autoencoder.net),
-            unet=UNetDescription(**_fields(net, UNetDescription)),
+            unet=UNetDescription(**vars(net)),
             schedule=ScheduleDescription(
                 kind=diffusion.schedule,
                 beta_start=diffusion.beta_start,
@@ -397,10 +397,6 @@ def quality_of(people: VolumeDataset) -> dict[str, Any] | None:
 def _some(count: int, most: int) -> list[int]:
     """At most `most` of 0..count-1, evenly spread."""
     return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most))})
-
-
-def _fields(config: Any, description: type) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in description.model_fields}  # type: ignore[attr-defined]
 
 
 def _latents_key(autoencoder: AnyAutoencoder, cohort: PreparedCohort) -> str:
