@@ -18,6 +18,7 @@ from brainldm.cohort.register import (
     is_skull_stripped,
     register_to_template,
     resample_to_grid,
+    with_black_background,
 )
 from brainldm.cohort.template import load_template
 
@@ -140,6 +141,16 @@ def test_resampling_keeps_a_smooth_volume_and_is_zero_outside() -> None:
 def test_nothing_to_register_is_refused() -> None:
     with pytest.raises(BadInput, match="nothing in the image"):
         register_to_template(Volume(np.zeros((20, 20, 20), np.float32), np.eye(4)))
+
+
+def test_a_haze_around_a_brain_is_no_head() -> None:
+    brain = moved_template(np.eye(4))
+    haze = 0.01 * brain.data_XYZ.max() * np.random.default_rng(0).random(brain.shape_XYZ)
+    hazy = Volume((brain.data_XYZ + haze).astype(np.float32), brain.affine)
+    assert is_skull_stripped(hazy)
+    black = with_black_background(hazy)
+    assert (black.data_XYZ[brain.data_XYZ == 0] == 0).all()
+    assert (black.data_XYZ > 0).sum() == pytest.approx((brain.data_XYZ > 0).sum(), rel=0.01)
 
 
 def test_real_whole_head_is_known_as_one(real_data: Path) -> None:

@@ -25,6 +25,7 @@ from brainldm.model.folder import load_latent_diffusion, load_model
 from brainldm.nets.atlas import AtlasAutoencoder, AtlasAutoencoderConfig
 from brainldm.train.checkpoint import Checkpoint, load_newest, save_checkpoint
 from brainldm.train.config import Augmentation, Recipe
+from brainldm.train.diffusion_stage import draw_timesteps
 from brainldm.train.loop import run_stage
 from brainldm.train.run import train
 from conftest import tiny_recipe, write_tiny_cohort
@@ -68,6 +69,7 @@ def everything_on() -> Recipe:
         target="flow",
         schedule="rectified",
         timestep_draw="logit_normal",
+        timestep_shift=3.0,
         latent_population=True,
         latent_views=2,
         augmentation=changes,
@@ -107,6 +109,17 @@ def test_a_model_on_population_latents_is_whole_only_with_its_population(
     (tmp_path / "model" / POPULATION_NAME).unlink()
     with pytest.raises(BadInput, match="weights are missing"):
         load_latent_diffusion(tmp_path / "model")
+
+
+@pytest.mark.parametrize("draw", ["uniform", "logit_normal"])
+def test_a_shift_draws_the_middle_from_more_noise(draw: str) -> None:
+    config = replace(tiny_recipe().diffusion, timestep_draw=draw, schedule_steps=1000)
+    drawn = {
+        shift: draw_timesteps(stream(0, "draw"), replace(config, timestep_shift=shift), 20_000) for shift in (1.0, 4.0)
+    }
+    assert np.median(drawn[1.0]) == pytest.approx(500, abs=15)
+    assert np.median(drawn[4.0]) == pytest.approx(800, abs=15)
+    assert all(steps.min() >= 0 and steps.max() < 1000 for steps in drawn.values())
 
 
 def test_guidance_goes_along_the_line_from_the_untold_to_the_told(run_with_everything: Path) -> None:

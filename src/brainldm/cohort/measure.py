@@ -20,7 +20,13 @@ from sklearn.mixture import GaussianMixture
 from brainldm.base.errors import BadInput
 from brainldm.base.tables import Table, read_table
 from brainldm.base.volume import Volume
-from brainldm.cohort.register import POOR_CORRELATION, Registration, is_skull_stripped, register_to_template
+from brainldm.cohort.register import (
+    POOR_CORRELATION,
+    Registration,
+    is_skull_stripped,
+    register_to_template,
+    with_black_background,
+)
 from brainldm.cohort.skull import brain_mask
 from brainldm.cohort.template import load_template
 
@@ -65,7 +71,7 @@ class TemplateMeasure:
     do, so that only the affine is sought."""
 
     aligned: bool = False
-    name: str = "brainldm-template-2"
+    name: str = "brainldm-template-3"
 
     def __call__(self, image: Volume, registration: Registration | None = None) -> Measured:
         """The volumes in `image`: a brain or a whole head, of any resolution and intensity scale.
@@ -74,9 +80,12 @@ class TemplateMeasure:
         with the template, the separation of grey and white matter in standard deviations, and `poor` (1 where the
         numbers should not be believed).
         """
+        stripped = is_skull_stripped(image)
+        if stripped:
+            image = with_black_background(image)
         if registration is None:
-            registration = register_to_template(image, aligned=self.aligned)
-        if not is_skull_stripped(image):
+            registration = register_to_template(image, aligned=self.aligned, skull_stripped=stripped)
+        if not stripped:
             mask = brain_mask(image, registration, method="template")
             image = Volume(np.where(mask.data_XYZ > 0.5, image.data_XYZ, image.data_XYZ.min()), image.affine)
         image = Volume(image.data_XYZ - image.data_XYZ.min(), image.affine)

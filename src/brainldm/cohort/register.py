@@ -43,6 +43,7 @@ _TURNS_DEGREES = [(0, 0, 0)] + [
 GOOD_START = -0.9
 # Below this correlation with the template (over its brain, after the affine) somebody should look at the overlay.
 POOR_CORRELATION = 0.6
+BACKGROUND_SHARE = 0.02  # of the bright end; tissue, CSF too, is well above it in T1w
 
 
 @dataclass(frozen=True)
@@ -130,13 +131,28 @@ def resample_to_grid(scan: Volume, mni_from_scan: np.ndarray, grid: Grid, *, ord
 
 
 def is_skull_stripped(scan: Volume) -> bool:
-    """Whether a scan shows a brain alone: much of it is exactly its darkest value, and what is not is brain-sized.
+    """Whether a scan shows a brain alone: much of it is dark, and what is not is brain-sized.
 
     A whole head fills litres beyond the brain (skin, fat, neck) even where its background is exactly 0.
     """
-    background = scan.data_XYZ <= scan.data_XYZ.min()
-    inside_ml = float((~background).sum()) * scan.voxel_mm3 / 1000
-    return bool(background.mean() > 0.2 and inside_ml < 2600)
+    background_XYZ = _background(scan)
+    inside_ml = float((~background_XYZ).sum()) * scan.voxel_mm3 / 1000
+    return bool(background_XYZ.mean() > 0.2 and inside_ml < 2600)
+
+
+def with_black_background(brain: Volume) -> Volume:
+    """A skull-stripped scan, shifted so that its background is exactly 0: networks and interpolation leave a haze there
+    that is no tissue."""
+    lit_XYZ = brain.data_XYZ - brain.data_XYZ.min()
+    return Volume(np.where(_background(brain), 0, lit_XYZ).astype(np.float32), brain.affine, brain.notes)
+
+
+def _background(scan: Volume) -> np.ndarray:
+    """The voxels within BACKGROUND_SHARE of the darkest, of the way from there to the bright ones."""
+    low = float(scan.data_XYZ.min())
+    lit = scan.data_XYZ[scan.data_XYZ > low]
+    top = float(np.percentile(lit, 99.5)) if lit.size else low
+    return scan.data_XYZ <= low + BACKGROUND_SHARE * (top - low)
 
 
 # ------------------------------------------------------------------------------------------------------- preparation
@@ -269,8 +285,9 @@ def _affine(moving: Volume, starts: Sequence[np.ndarray], *, aligned: bool, skul
     else:
         best = _best_start(moving, starts, margin_mm)
         best, _ = _optimised(moving, best, MIDDLE_MM, margin_mm, kind="similarity")
-    best, _ = _optimised(moving, best, MIDDLE_MM, margin_mm, kind="affine")
-    if float(moving.voxel_mm.min()) < 3.0:
+    fine = float(moving.voxel_mm.min()) < 3.0
+    best, _ = _optimised(moving, best, MIDDLE_MM, margin_mm, kind="affine", roughly=fine)
+    if fine:
         best, _ = _optimised(moving, best, FINE_MM, margin_mm, kind="affine")
     return np.linalg.inv(best)
 
@@ -300,9 +317,16 @@ def _scaled_about_centre(scan_from_mni: np.ndarray, scale: float) -> np.ndarray:
 
 
 def _optimised(
-    moving: Volume, scan_from_mni: np.ndarray, resolution_mm: int, margin_mm: int, *, kind: str
+    moving: Volume,
+    scan_from_mni: np.ndarray,
+    resolution_mm: int,
+    margin_mm: int,
+    *,
+    kind: str,
+    roughly: bool = False,
 ) -> tuple[np.ndarray, float]:
-    """scan_from_mni improved at one resolution, and the metric there (negative mutual information: lower is better)."""
+    """scan_from_mni improved at one resolution, and the metric there (negative mutual information: lower is better).
+    `roughly`: from half the voxels and to a tenth of the first step, where a finer resolution follows."""
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     fixed = _to_itk(_fixed(resolution_mm))
     image = _to_itk(_coarser(moving, resolution_mm))
@@ -313,16 +337,17 @@ def _optimised(
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(HISTOGRAM_BINS)
     method.SetMetricFixedMask(_fixed_mask(resolution_mm, margin_mm))
-    if resolution_mm == FINE_MM:
+    sampled = 0.2 if resolution_mm == FINE_MM else 0.5 if roughly else 1.0
+    if sampled < 1:
         method.SetMetricSamplingStrategy(method.REGULAR)
         # ITK jitters even regular samples, by the wall clock unless it is given a seed.
-        method.SetMetricSamplingPercentage(0.2, seed=1)
+        method.SetMetricSamplingPercentage(sampled, seed=1)
     else:
         method.SetMetricSamplingStrategy(method.NONE)
     method.SetInterpolator(sitk.sitkLinear)
     method.SetOptimizerAsRegularStepGradientDescent(
         learningRate=_FIRST_STEP[kind, resolution_mm],
-        minStep=_FIRST_STEP[kind, resolution_mm] / 100,
+        minStep=_FIRST_STEP[kind, resolution_mm] / (10 if roughly else 100),
         numberOfIterations=80,
         relaxationFactor=0.6,
         gradientMagnitudeTolerance=1e-6,

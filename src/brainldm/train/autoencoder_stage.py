@@ -34,6 +34,7 @@ from brainldm.train.reconstruction import reconstruction_report
 from brainldm.train.sharding import clip_gradients, shard
 
 _PEOPLE_FOR_THE_MEAN = 200
+_TRAINED_PASSES = 4
 
 
 def mean_image(people: VolumeDataset) -> np.ndarray:
@@ -136,10 +137,10 @@ class AutoencoderStage:
 
     def _encoded(self, image: torch.Tensor, step: int) -> LatentDistribution:
         """An encoder that compares several times learns each of its passes alike: any number of them may come before
-        the one with gradients."""
+        the one with gradients, but few, which cost less; later passes are like the last of these."""
         if not isinstance(self.autoencoder, AtlasAutoencoder):
             return self.autoencoder.encode(image)
-        most = self.autoencoder.config.passes
+        most = min(self.autoencoder.config.passes, _TRAINED_PASSES)
         passes = int(stream(self.seed, "autoencoder-passes", step).integers(1, most + 1))
         return self.autoencoder.encode(image, passes)
 

@@ -84,11 +84,16 @@ class DiffusionStageConfig:
     schedule_steps: int = 1000
     # How training draws timesteps: all alike, or more from the middle (Esser et al. 2024), where most is decided.
     timestep_draw: Literal["uniform", "logit_normal"] = "uniform"
+    # How much more noise than that: t becomes shift t / (1 + (shift - 1) t) (ibid.). What neighbours share
+    # (sizes, shapes, contrast) shows through far more noise than one voxel of the latent does, and is decided there.
+    timestep_shift: float = 1.0
     latent_scale: float | None = None  # None: measured, 1 / standard deviation; 1.0 as the published bundle
     # Take each latent voxel's mean for the given covariates out, and divide by what is left (model/latent_population).
     latent_population: bool = False
     latent_views: int = 1  # encodings kept of each person: the image as it is, and augmented ones
     augmentation: Augmentation = NO_AUGMENTATION
+    # Tell the volumes that decoded latents show, not the recorded ones (train/kept_volumes).
+    volumes_as_decoded: bool = False
     covariate_scaling: Literal["min_max", "equalised"] = "min_max"
     covariates_in_time: bool = False
     fold: int = 1  # latent voxels along each axis that become channels of the U-Net

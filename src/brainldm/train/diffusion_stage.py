@@ -57,10 +57,12 @@ def stage_schedule(config: DiffusionStageConfig) -> Schedule:
 
 
 def draw_timesteps(draws: np.random.Generator, config: DiffusionStageConfig, count: int) -> np.ndarray:
-    """Timesteps of a batch: all alike, or a standard normal's logistic share of the schedule."""
+    """Timesteps of a batch: all alike, or a standard normal's logistic share of the schedule; then shifted."""
     if config.timestep_draw == "uniform":
-        return draws.integers(0, config.schedule_steps, count)
-    share = 1 / (1 + np.exp(-draws.standard_normal(count)))
+        share = draws.random(count)
+    else:
+        share = 1 / (1 + np.exp(-draws.standard_normal(count)))
+    share = config.timestep_shift * share / (1 + (config.timestep_shift - 1) * share)
     return np.minimum((share * config.schedule_steps).astype(np.int64), config.schedule_steps - 1)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import brainldm
-from brainldm.base.covariates import CovariateModel, CovariateRanges, conditions
+from brainldm.base.covariates import CovariateModel, CovariateRanges, Covariates, conditions
 from brainldm.base.errors import EnvironmentProblem, UsageError
 from brainldm.base.files import locked_folder, read_json, write_json
 from brainldm.base.manifest import Manifest
@@ -41,13 +41,14 @@ from brainldm.model.description import (
 from brainldm.model.folder import save_model
 from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.model.latent_population import FEWEST_FOR_A_POPULATION, LatentPopulation
-from brainldm.model.precision import choose_device, choose_precision
+from brainldm.model.precision import autocast, choose_device, choose_precision
 from brainldm.nets.atlas import AnyAutoencoder, AtlasAutoencoderConfig
 from brainldm.train.autoencoder_stage import AutoencoderStage
 from brainldm.train.checkpoint import load_newest
 from brainldm.train.config import STAGES, AutoencoderStageConfig, Recipe
 from brainldm.train.diffusion_stage import DiffusionStage, unet_config
 from brainldm.train.distributed import ALONE, Place, check_divides, together
+from brainldm.train.kept_volumes import kept_volumes
 from brainldm.train.latents import Latents, encode_cohort
 from brainldm.train.loop import run_stage
 from brainldm.train.perceptual import PerceptualChoice
@@ -277,26 +278,24 @@ class _Run:
     # ---- stage 2 ------------------------------------------------------------------------------------------------
 
     def train_diffusion(self, minutes: float | None) -> dict[str, Any]:
+        config = self.recipe.diffusion
         autoencoder, autoencoder_summary = self._trained_autoencoder()
+        key = _latents_key(autoencoder, self.cohort)
         with self.place.leader_first():
             latents = encode_cohort(
                 self.out / "latents",
                 autoencoder,
                 self.train,
-                _latents_key(autoencoder, self.cohort),
-                views=self.recipe.diffusion.latent_views,
-                augmentation=self.recipe.diffusion.augmentation,
+                key,
+                views=config.latent_views,
+                augmentation=config.augmentation,
                 seed=self.recipe.seed,
                 device=self.device,
                 precision=self.precision,
                 progress=self.progress,
             )
-        config = self.recipe.diffusion
         scale = config.latent_scale or 1.0 / latents.std
-        people = [
-            replace(row, ventricles_mm3=row.ventricles_mm3 * factor)
-            for row, factor in zip(self.train.covariates * config.latent_views, latents.ventricle_factor_N.tolist())
-        ]
+        people = self._covariates_of(latents, autoencoder, key)
         equalised_by = CovariateModel.fitted(self.train.covariates) if config.covariate_scaling == "equalised" else None
         condition_NF = conditions(people, self.ranges, equalised_by)
         population = None
@@ -334,6 +333,7 @@ class _Run:
             if self.recipe.autoencoder.perceptual_weight > 0
             else "none",
             "perceptual_weights_sha256": list(self.perceptual.sha256),
+            "volumes": "as decoded" if config.volumes_as_decoded else "as recorded",
             "autoencoder": autoencoder_summary,
             "diffusion": summary,
             "precision": self.precision,
@@ -342,6 +342,28 @@ class _Run:
         model = LatentDiffusion(self._description(latents, scale, training), autoencoder, unet, population=population)
         save_model(self.out / "model", model)
         return summary
+
+    def _covariates_of(self, latents: Latents, autoencoder: AnyAutoencoder, key: str) -> list[Covariates]:
+        """What the U-Net is told of each latent: the recorded covariates, changed as an augmentation changed the image
+        and, where the recipe asks, as decoding changes it."""
+        people, config = self.train.covariates, self.recipe.diffusion
+        if config.volumes_as_decoded:
+
+            def decoded_XYZ(index: int) -> np.ndarray:
+                with torch.no_grad(), autocast(self.device, self.precision):
+                    image_BCXYZ = autoencoder.decode(latents.mean_NCXYZ[index : index + 1].to(self.device))
+                return image_BCXYZ[0, 0].float().cpu().numpy()
+
+            with self.place.leader_first():
+                kept = kept_volumes(self.out / "latents", self.train, decoded_XYZ, key, progress=self.progress)
+            people = [
+                replace(row, ventricles_mm3=row.ventricles_mm3 * ventricles, brain_mm3=row.brain_mm3 * brain)
+                for row, (ventricles, brain) in zip(people, kept.shares_NV.tolist())
+            ]
+        return [
+            replace(row, ventricles_mm3=row.ventricles_mm3 * factor)
+            for row, factor in zip(people * config.latent_views, latents.ventricle_factor_N.tolist())
+        ]
 
     def _description(self, latents: Latents, scale: float, training: dict[str, Any]) -> LatentDiffusionDescription:
         diffusion = self.recipe.diffusion
