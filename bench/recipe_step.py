@@ -49,13 +49,15 @@ class Phantoms:
         return self._images[index]
 
 
-def built(recipe: Recipe, grid: Grid, stage: str, precision: str) -> AutoencoderStage | DiffusionStage:
+def built(recipe: Recipe, grid: Grid, name: str, precision: str) -> AutoencoderStage | DiffusionStage:
     """The recipe's stage, ready for its first step."""
     device = torch.device("cpu")
-    if stage == "autoencoder":
+    if name == "autoencoder":
         config = replace(recipe.autoencoder, adversarial_from_step=0)
         people = Phantoms(grid, config.batch)
-        return AutoencoderStage(config, people, people, seed=0, device=device, precision=precision)
+        stage = AutoencoderStage(config, people, people, seed=0, device=device, precision=precision)
+        stage.begin()
+        return stage
     people, shape = recipe.diffusion.batch, recipe.autoencoder.net.latent_shape_CXYZ(grid.shape_XYZ)
     draws = stream(0, "recipe step")
     latents = Latents(

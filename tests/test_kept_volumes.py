@@ -41,7 +41,7 @@ class People:
 
     @property
     def rows(self) -> list[PreparedRow]:
-        nobody = Covariates(60.0, 0, 3e4, 1.4e6)
+        nobody = Covariates(sex=0, age_years=60.0, ventricles_mm3=3e4, brain_mm3=1.4e6)
         return [PreparedRow(f"sub-{i}", nobody, "train", Path("nowhere.nii.gz"), 0, "") for i in range(self.count)]
 
     def image_XYZ(self, index: int) -> np.ndarray:
