@@ -23,9 +23,9 @@ def demo() -> Recipe:
         name="demo",
         autoencoder=AutoencoderStageConfig(
             net=AtlasAutoencoderConfig(
-                grid_XYZ=(80, 112, 80), cell=4, latent_channels=4, channels=48, res_blocks=1, atlases=4, passes=8
+                grid_XYZ=(80, 112, 80), cell=4, latent_channels=4, channels=32, res_blocks=1, atlases=4, passes=4
             ),
-            steps=1500,
+            steps=600,
             batch=2,
             learning_rate=2e-3,
             warmup_steps=50,
@@ -52,11 +52,10 @@ def demo() -> Recipe:
             ema_decay=0.998,
             target="v",
             schedule="rectified",
-            timestep_shift=4.0,
+            timestep_draw="logit_normal",
             latent_population=True,
             latent_views=2,
             augmentation=Augmentation(flip_probability=1.0),
-            volumes_as_decoded=True,
             covariate_scaling="equalised",
             covariates_in_time=True,
             fold=2,

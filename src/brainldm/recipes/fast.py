@@ -58,7 +58,7 @@ def fast() -> Recipe:
             ema_decay=0.9995,
             target="v",
             schedule="rectified",
-            timestep_shift=11.0,
+            timestep_shift=6.0,
             latent_population=True,
             latent_views=4,
             augmentation=changes,
