@@ -311,7 +311,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--exact", action="store_true", help="also brainldm --exact, to prove the trajectory")
-    parser.add_argument("--work", type=Path, default=HERE / "work", help="5 GB of stand-in weights go here")
+    parser.add_argument("--work", type=Path, default=HERE / "stand-ins", help="5 GB of stand-in weights go here")
     parser.add_argument("--out", type=Path, default=HERE / "results.json")
     parser.add_argument("--reuse", action="store_true", help="do not run again what an interrupted bench has run")
     parser.add_argument("--engine", help=argparse.SUPPRESS)

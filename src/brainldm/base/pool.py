@@ -29,6 +29,11 @@ _THREAD_VARIABLES = (
 )
 
 
+def usable_cpus() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def each_in_a_pool(
     work: Callable[[Task], Result], tasks: Sequence[Task], *, workers: int
 ) -> Generator[tuple[Task, Result | Exception]]:

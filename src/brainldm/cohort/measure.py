@@ -87,8 +87,7 @@ class TemplateMeasure:
             registration = register_to_template(image, aligned=self.aligned, skull_stripped=stripped)
         if not stripped:
             mask = brain_mask(image, registration, method="template")
-            image = Volume(np.where(mask.data_XYZ > 0.5, image.data_XYZ, image.data_XYZ.min()), image.affine)
-        image = Volume(image.data_XYZ - image.data_XYZ.min(), image.affine)
+            image = Volume(np.where(mask.data_XYZ > 0.5, image.data_XYZ - image.data_XYZ.min(), 0), image.affine)
         tissues = _tissues(image, registration)
         head_scaling = registration.head_scaling
         regions = _template_mm3(image, registration, tissues)

@@ -27,6 +27,7 @@ import scipy
 import brainldm
 from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.files import locked_folder, make_folder, write_json, write_text
+from brainldm.base.pool import usable_cpus
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.tables import write_table
 from brainldm.evaluate import gradient_ssim, printed
@@ -38,7 +39,6 @@ from brainldm.evaluate.features import FeatureSpace
 from brainldm.evaluate.images import Failure, ImageFolder, open_images
 from brainldm.evaluate.judge import Findings, Judge
 from brainldm.evaluate.measuring import Instrument
-from brainldm.evaluate.pool import usable_cpus
 from brainldm.evaluate.rows import Row
 
 SCHEMA = "brainldm scorecard"

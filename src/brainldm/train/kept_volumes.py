@@ -9,7 +9,6 @@ RUN/latents/kept.json   the shares of every training person, and which latents t
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from brainldm.base.derivative import SPACE
 from brainldm.base.errors import UsageError
 from brainldm.base.files import read_json, write_json
-from brainldm.base.pool import each_in_a_pool
+from brainldm.base.pool import each_in_a_pool, usable_cpus
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.volume import Volume
 from brainldm.cohort.dataset import PreparedRow, VolumeDataset
@@ -62,7 +61,7 @@ def kept_volumes(
         shares, unmeasured = np.ones((len(dataset), 2)), 0
         progress.start("measuring what decoding keeps", len(dataset))
         pairs = _Pairs(dataset, decoded_XYZ)
-        with contextlib.closing(each_in_a_pool(_shares, pairs, workers=os.cpu_count() or 1)) as outcomes:
+        with contextlib.closing(each_in_a_pool(_shares, pairs, workers=usable_cpus())) as outcomes:
             for pair, outcome in outcomes:
                 if isinstance(outcome, Exception):
                     unmeasured += 1
