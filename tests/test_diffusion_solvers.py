@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from brainldm.diffusion.schedule import Schedule, leading_timesteps, original_timesteps, scaled_linear, snr_timesteps
+from brainldm.diffusion.schedule import (
+    Schedule,
+    leading_timesteps,
+    original_timesteps,
+    rectified,
+    scaled_linear,
+    snr_timesteps,
+)
 from brainldm.diffusion.solvers import SAMPLERS, ddim, ddpm, dpm_solver_pp, heun, unipc
 from brainldm.diffusion.target import eps_from_v, v_from_eps
 
@@ -292,3 +299,22 @@ def test_few_steps_come_nearer_to_the_limit_than_ddim_with_fifty() -> None:
 
     assert distance("dpm++", 12) < distance("ddim", 50)
     assert distance("unipc", 10) < distance("ddim", 50)
+
+
+@pytest.mark.parametrize("schedule", [scaled_linear(), rectified()])
+def test_twelve_steps_keep_the_spread_of_large_things_and_of_small_ones(schedule: Schedule) -> None:
+    """Directions of variances from a thousandth (the finest texture) to thousands (what all voxels share)."""
+    variances_V = torch.logspace(-3, 3.4, 33, dtype=torch.float64)
+
+    def exact(x: torch.Tensor, timesteps_B: torch.Tensor) -> torch.Tensor:
+        signal, noise = schedule.at(timesteps_B, x)
+        return noise * x / (signal**2 * variances_V + noise**2)
+
+    def spread(timesteps: list[int]) -> torch.Tensor:
+        return unipc(exact, lambda _: torch.ones(1, len(variances_V), dtype=torch.float64), schedule, timesteps)[0]
+
+    limit = spread(snr_timesteps(schedule, 400))
+    assert spread(snr_timesteps(schedule, 12)) == pytest.approx(limit, rel=0.04)
+    # To leave the last steps out, where an image as a whole hardly changes, would lose its texture.
+    early = [t for t in snr_timesteps(schedule, 16) if schedule.alpha_bars[t] < 0.98]
+    assert (spread(early)[0] < 0.5 * limit[0]).item()

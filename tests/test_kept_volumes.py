@@ -10,6 +10,7 @@ import pytest
 
 from brainldm.base.covariates import Covariates
 from brainldm.base.errors import UsageError
+from brainldm.base.files import read_json, write_json
 from brainldm.base.volume import Grid, Volume, grid_named
 from brainldm.cohort.dataset import PreparedRow
 from brainldm.cohort.register import resample_to_grid
@@ -62,6 +63,12 @@ def test_what_is_filled_is_missed_and_what_is_no_brain_is_counted(brain_XYZ: np.
 
     again = kept_volumes(tmp_path, People(brain_XYZ, 3), never, "key")
     assert np.array_equal(again.shares_NV, kept.shares_NV) and again.unmeasured == 1
+    for other in ("instrument", "key"):
+        facts = read_json(tmp_path / "kept.json")
+        write_json(tmp_path / "kept.json", {**facts, other: "another"})
+        with pytest.raises(AssertionError, match="measured again"):
+            kept_volumes(tmp_path, People(brain_XYZ, 3), never, "key")
+        write_json(tmp_path / "kept.json", facts)
 
 
 def test_an_autoencoder_that_shows_no_brains_is_refused(brain_XYZ: np.ndarray, tmp_path: Path) -> None:

@@ -183,6 +183,10 @@ def train(
     tensorboard: Annotated[
         bool, Parameter(help="Event files in OUT/STAGE/tensorboard; needs brainldm[tensorboard].", negative="")
     ] = False,
+    start_from: Annotated[
+        Path | None,
+        Parameter(help="A model (folder, run or name) to begin with; with --stage diffusion its autoencoder stays."),
+    ] = None,
     averaging: Annotated[
         int | None,
         Parameter(help="age and sex: voxels along each axis that become their mean first; 8 times faster at 2."),
@@ -192,7 +196,15 @@ def train(
     """A cohort becomes a model. RECIPE is quick, demo, small, fast or paper; lsgan or vaegan trains a baseline, age or
     sex the judge's predictor."""
     given = perceptual or perceptual_weights
-    _check_flags_of(recipe, perceptual=given, cache=cache, tensorboard=tensorboard, shard=shard, averaging=averaging)
+    _check_flags_of(
+        recipe,
+        perceptual=given,
+        cache=cache,
+        tensorboard=tensorboard,
+        shard=shard,
+        start_from=start_from,
+        averaging=averaging,
+    )
     if recipe in ("age", "sex"):
         _train_predictor(
             recipe,
@@ -242,6 +254,7 @@ def train(
             perceptual_weights=perceptual_weights or (),
             cache=cache,
             tensorboard=tensorboard,
+            start_from=start_from,
             progress=progress,
         )
     if _leads():
@@ -261,7 +274,7 @@ def _check_flags_of(recipe: str, **flags: object) -> None:
     of_diffusion = tuple(name for name in flags if name != "averaging")
     deaf = [name for name, value in flags.items() if value and name not in heard.get(recipe, of_diffusion)]
     if deaf:
-        raise UsageError(f"training {recipe} knows nothing of --{deaf[0]}.", remedy="Leave it out.")
+        raise UsageError(f"training {recipe} knows nothing of --{deaf[0].replace('_', '-')}.", remedy="Leave it out.")
 
 
 def _say_trained(summary: TrainSummary) -> None:

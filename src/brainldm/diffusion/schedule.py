@@ -100,7 +100,8 @@ def snr_timesteps(schedule: Schedule, steps: int) -> list[int]:
 
     Even in time leaves the last, nearly clean steps too wide for a solver of higher order: on a model of recipe quick
     unipc with 10 steps is then 3.5 times as far from the exact result, and blends of both lie between
-    (docs/samplers.json).
+    (docs/samplers.json). The steps below t = 0.15 change an image as a whole little, yet ending before them loses its
+    finest texture (tests/test_diffusion_solvers: of a thousandth of the variance, more than half of its amplitude).
     Fewer than 8 steps are too few for this spacing.
     """
     _check_steps(steps, schedule.steps)

@@ -63,6 +63,7 @@ class AutoencoderStage:
         place: Place = ALONE,
         sharded: bool = False,
         perceptual_weights: Sequence[Path] = (),
+        start: torch.nn.Module | None = None,
     ) -> None:
         self.config, self.train, self.validation, self.place = config, train, validation, place
         self.steps, self.seed, self.device, self.precision = config.steps, seed, device, precision
@@ -72,7 +73,10 @@ class AutoencoderStage:
         layout = torch.channels_last_3d
         torch.manual_seed(int(stream(seed, "autoencoder-weights").integers(2**31)))  # torch's initialisers read it
         self.autoencoder = build_autoencoder(config.net, checkpointing=config.checkpointing)
-        if config.initial_log_variance:
+        self.started = start is not None
+        if start is not None:
+            self.autoencoder.load_state_dict(start.state_dict())
+        elif config.initial_log_variance:
             self.autoencoder.set_log_variance(config.initial_log_variance)
         self.autoencoder.to(device=device, memory_format=layout)  # type: ignore[call-overload]
         if sharded:  # its parts, because it is not called as a whole; the discriminator is small
@@ -92,8 +96,8 @@ class AutoencoderStage:
             self.features = perceptual_distance(config.perceptual, perceptual_weights, seed).to(device)
 
     def begin(self) -> None:
-        """An autoencoder of atlases begins at the mean image."""
-        if isinstance(self.autoencoder, AtlasAutoencoder):
+        """An autoencoder of atlases begins at the mean image, unless another model's atlases are there."""
+        if isinstance(self.autoencoder, AtlasAutoencoder) and not self.started:
             self.autoencoder.set_atlas(torch.from_numpy(mean_image(self.train)).to(self.device))
 
     # ---- one step -----------------------------------------------------------------------------------------------

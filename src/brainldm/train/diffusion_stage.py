@@ -95,6 +95,7 @@ class DiffusionStage:
         precision: str,
         place: Place = ALONE,
         sharded: bool = False,
+        start: torch.nn.Module | None = None,
     ) -> None:
         self.config, self.latents, self.scale, self.population, self.names = config, latents, scale, population, names
         self.place, self.sharded = place, sharded
@@ -106,6 +107,8 @@ class DiffusionStage:
         torch.manual_seed(int(stream(seed, "diffusion-weights").integers(2**31)))  # torch's initialisers read it
         net = unet_config(config, latents.mean_NCXYZ.shape[1])
         self.unet = DiffusionUNet(net, checkpointing=config.checkpointing)
+        if start is not None:
+            self.unet.load_state_dict(start.state_dict())
         self.unet.to(device=device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         if sharded:
             shard([self.unet], (ResidualBlock, SpatialTransformer), device)

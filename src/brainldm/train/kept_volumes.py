@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from brainldm.base.derivative import SPACE
-from brainldm.base.errors import UsageError
+from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.files import read_json, write_json
 from brainldm.base.pool import each_in_a_pool, usable_cpus
 from brainldm.base.progress import Progress, Quiet
@@ -53,18 +53,20 @@ def kept_volumes(
     progress: Progress = Quiet(),  # noqa: B008  # stateless
 ) -> KeptVolumes:
     """The shares of all people of `dataset`, whose image `decoded_XYZ` gives back by index; from `folder` when they are
-    there with the same `key`. By the built-in measure, in one registration for both images, so that its error cancels;
-    a second or two a person on every core. UsageError where more than half could not be measured."""
+    there with the same `key` and instrument. By the built-in measure, in one registration for both images, so that its
+    error cancels; a second or two a person on every core. UsageError where more than half could not be measured."""
     path = folder / "kept.json"
     facts = read_json(path) if path.is_file() else {}
-    if facts.get("key") != key:
+    if (facts.get("key"), facts.get("instrument")) != (key, TemplateMeasure.name):
         shares, unmeasured = np.ones((len(dataset), 2)), 0
         progress.start("measuring what decoding keeps", len(dataset))
         pairs = _Pairs(dataset, decoded_XYZ)
         with contextlib.closing(each_in_a_pool(_shares, pairs, workers=usable_cpus())) as outcomes:
             for pair, outcome in outcomes:
-                if isinstance(outcome, Exception):
+                if isinstance(outcome, (BadInput, ValueError)):
                     unmeasured += 1
+                elif isinstance(outcome, Exception):
+                    raise outcome
                 else:
                     shares[pair.index] = outcome
                 progress.advance()

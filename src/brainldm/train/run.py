@@ -53,6 +53,7 @@ from brainldm.train.latents import Latents, encode_cohort
 from brainldm.train.loop import run_stage
 from brainldm.train.perceptual import PerceptualChoice
 from brainldm.train.record import record_run
+from brainldm.train.start_model import start_model
 from brainldm.train.tensorboard import check_tensorboard
 
 QUALITY_IMAGES = 300
@@ -81,6 +82,7 @@ def train(
     perceptual_weights: Sequence[Path] = (),
     cache: Path | None = None,
     tensorboard: bool = False,
+    start_from: Path | None = None,
     progress: Progress = Quiet(),  # noqa: B008  # stateless
 ) -> TrainSummary:
     """Trains `recipe` on the prepared cohort `data` in `out`, going on from whatever is already there.
@@ -89,8 +91,9 @@ def train(
     bounds the training time, divided between the stages as the recipe says. Started by torchrun, the processes share
     every batch, and with `shard` the weights as well. `perceptual_weights` are the files that the recipe's perceptual
     distance needs (train/perceptual), if any; `cache` is where training images that do not fit in memory lie
-    uncompressed (default: OUT/cache). UsageError where the data cannot be trained on, the batch not be shared, or `out`
-    holds another run; all of it before the first step.
+    uncompressed (default: OUT/cache). `start_from` is a model whose weights the stages begin with (train/start_model);
+    with `stage` diffusion its autoencoder is used as it is. UsageError where the data cannot be trained on, the batch
+    not be shared, or `out` holds another run; all of it before the first step.
     """
     if stage not in (*STAGES, "all"):
         raise UsageError(f"there is no stage {stage!r}.", remedy=f"Choose one of: {', '.join(STAGES)}, all.")
@@ -103,6 +106,8 @@ def train(
     with together(where) as place, locked_folder(out) if place.leads else contextlib.nullcontext():
         run = _Run(recipe, cohort, out, where, precision, progress if place.leads else Quiet(), place, shard)
         run.cache, run.tensorboard = cache, tensorboard
+        if start_from is not None:
+            run.start = start_model(start_from, recipe, cohort.grid)
         run.choose_perceptual(perceptual_weights, needed="autoencoder" in stages)
         run.check_and_record(stages)
         budget = dict.fromkeys(STAGES, None if minutes is None else minutes)
@@ -132,6 +137,7 @@ class _Run:
 
     cache: Path | None = None
     tensorboard: bool = False
+    start: LatentDiffusion | None = None
 
     def __init__(
         self,
@@ -204,10 +210,18 @@ class _Run:
             "perceptual_weights_sha256": self.perceptual.sha256,
             "precision": self.precision,
             "device": self.device.type,
+            "started_from": self.start_facts,
         }
         if self.place.leads:
             record_run(self.out, description)
         self.place.wait()
+
+    @property
+    def start_facts(self) -> dict[str, str] | None:
+        """Which model the run began with."""
+        if self.start is None:
+            return None
+        return {"name": self.start.description.name, "id": self.start.description.identity}
 
     # ---- stage 1 ------------------------------------------------------------------------------------------------
 
@@ -246,6 +260,7 @@ class _Run:
             place=place,
             sharded=sharded,
             perceptual_weights=self.perceptual.weights,
+            start=None if self.start is None else self.start.autoencoder,
         )
 
     def _run(self, stage: AutoencoderStage | DiffusionStage, minutes: float | None) -> dict[str, Any]:
@@ -260,12 +275,15 @@ class _Run:
         )
 
     def _trained_autoencoder(self) -> tuple[AnyAutoencoder, dict[str, Any]]:
-        """The autoencoder as stage 1 left it; stage 1 must have been run (with any number of steps)."""
+        """The autoencoder as stage 1 left it (with any number of steps), or where it was left out, the one of the model
+        that the run began with."""
         summary_path = self.out / "autoencoder" / "summary.json"
+        if not summary_path.is_file() and self.start is not None:
+            return self.start.autoencoder.to(self.device), {"stage": "autoencoder", "taken_from": self.start_facts}
         if not summary_path.is_file():
             raise UsageError(
                 "stage 2 needs the autoencoder, and stage 1 has not ended here.",
-                remedy="Train with --stage autoencoder (or all) first.",
+                remedy="Train with --stage autoencoder (or all) first, or with --start-from a model that has one.",
                 path=self.out,
             )
         # Its perceptual distance is left out: it is not trained.
@@ -315,6 +333,7 @@ class _Run:
             precision=self.precision,
             place=self.place,
             sharded=self.shard,
+            start=None if self.start is None else self.start.unet,
         )
         stage.sample_preview = LatentDiffusion(
             self._description(latents, scale, {}), autoencoder, stage.unet, population=population
@@ -336,6 +355,7 @@ class _Run:
             "volumes": "as decoded" if config.volumes_as_decoded else "as recorded",
             "autoencoder": autoencoder_summary,
             "diffusion": summary,
+            "started_from": self.start_facts,
             "precision": self.precision,
             "versions": {"brainldm": brainldm.__version__, "torch": torch.__version__},
         }

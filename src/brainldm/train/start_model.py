@@ -1,0 +1,57 @@
+"""A trained model whose weights a run begins with, instead of random ones: one's own, the shipped one, anybody's.
+
+Stage 1 begins with its autoencoder, stage 2 with its U-Net; where stage 1 is left out, stage 2 takes the autoencoder as
+it is. What belongs to a cohort is made anew: covariate ranges, latents and their scale, the population's mean latent.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from brainldm.base.errors import UsageError
+from brainldm.base.volume import Grid
+from brainldm.model.description import LatentDiffusionDescription
+from brainldm.model.folder import load_latent_diffusion
+from brainldm.model.latent_diffusion import LatentDiffusion
+from brainldm.train.config import Recipe
+from brainldm.train.diffusion_stage import unet_config
+
+
+def start_model(folder: Path, recipe: Recipe, grid: Grid) -> LatentDiffusion:
+    """The model in `folder`, float32, on the CPU. BadInput for a folder that holds none; UsageError where its networks
+    are not those of `recipe`, or its images not on `grid`."""
+    model = load_latent_diffusion(folder)
+    theirs = model.description
+    net = recipe.autoencoder.net
+    ours = {"autoencoder": net, "U-Net": unet_config(recipe.diffusion, net.latent_channels)}
+    of_model = {"autoencoder": theirs.autoencoder.build(), "U-Net": theirs.unet.build()}
+    for name, config in ours.items():
+        if config != of_model[name]:
+            raise UsageError(
+                f"the {name} of {theirs.name!r} is not that of recipe {recipe.name!r}: "
+                f"{_differences(config, of_model[name])}.",
+                remedy=_remedy(theirs, recipe),
+                path=folder,
+            )
+    if model.grid.shape_XYZ != grid.shape_XYZ or model.grid.voxel_mm != grid.voxel_mm:
+        raise UsageError(
+            f"images of {theirs.name!r} have {model.grid.shape_XYZ} voxels of {model.grid.voxel_mm:g} mm, the cohort's "
+            f"{grid.shape_XYZ} of {grid.voxel_mm:g} mm.",
+            remedy="Prepare the study on the model's grid.",
+            path=folder,
+        )
+    return model
+
+
+def _differences(ours: object, theirs: object) -> str:
+    if type(ours) is not type(theirs):
+        return f"{type(theirs).__name__} there, {type(ours).__name__} in the recipe"
+    there, here = vars(theirs), vars(ours)
+    return "; ".join(f"{k}: {there[k]} there, {here[k]} in the recipe" for k in here if here[k] != there[k])
+
+
+def _remedy(theirs: LatentDiffusionDescription, recipe: Recipe) -> str:
+    trained = theirs.training.get("recipe")
+    if trained and trained != recipe.name:
+        return f"Train recipe {trained}, which the model was trained with."
+    return "Choose the recipe that the model was trained with."
