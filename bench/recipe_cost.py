@@ -20,27 +20,20 @@ import numpy as np
 import torch
 
 import brainldm
-from brainldm.base.covariates import CovariateModel, CovariateRanges, Covariates
+from brainldm.base.covariates import Covariates
 from brainldm.base.streams import stream
 from brainldm.base.volume import GRIDS
 from brainldm.diffusion.solvers import SAMPLERS
 from brainldm.generate.run import row_noise
 from brainldm.model.cost import work_of
-from brainldm.model.description import (
-    CovariatesDescription,
-    GridDescription,
-    LatentDescription,
-    LatentDiffusionDescription,
-    ScheduleDescription,
-    UNetDescription,
-    describe_autoencoder,
-)
+from brainldm.model.description import LatentDescription
 from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.model.latent_population import LatentPopulation
 from brainldm.model.precision import choose_precision
 from brainldm.nets.atlas import build_autoencoder
 from brainldm.nets.unet import DiffusionUNet
 from brainldm.recipes import recipe_named
+from brainldm.train.describe_model import described
 from brainldm.train.diffusion_stage import unet_config
 
 GRID_OF = {"fast": "paper", "paper": "paper", "demo": "2mm", "small": "2mm", "quick": "4mm"}
@@ -51,8 +44,7 @@ def untrained(name: str, precision: str) -> LatentDiffusion:
     recipe, grid = recipe_named(name), GRIDS[GRID_OF[name]]
     torch.manual_seed(0)
     autoencoder = build_autoencoder(recipe.autoencoder.net).eval()
-    net = unet_config(recipe.diffusion, recipe.autoencoder.net.latent_channels)
-    unet = DiffusionUNet(net).eval()
+    unet = DiffusionUNet(unet_config(recipe.diffusion, recipe.autoencoder.net.latent_channels)).eval()
     for network in (autoencoder, unet):
         for parameter in network.parameters():
             if not parameter.any():  # what begins at 0 would be computed just as slowly, but shown as grey
@@ -61,23 +53,9 @@ def untrained(name: str, precision: str) -> LatentDiffusion:
     draws = stream(0, "recipe cost")
     people = [Covariates(i % 2, *draws.uniform((44, 7e3, 1.1e6), (82, 9e4, 1.7e6)).tolist()) for i in range(50)]
     shape = recipe.autoencoder.net.latent_shape_CXYZ(grid.shape_XYZ)
-    description = LatentDiffusionDescription(
-        name=f"untrained-{name}",
-        autoencoder=describe_autoencoder(recipe.autoencoder.net),
-        unet=UNetDescription(**vars(net)),
-        schedule=ScheduleDescription(kind=recipe.diffusion.schedule),
-        target=recipe.diffusion.target,
-        latent=LatentDescription(shape_CXYZ=shape, scale=1.0, by_population=recipe.diffusion.latent_population),
-        covariates=CovariatesDescription(
-            ranges=CovariateRanges.fitted(people).to_json(),
-            joint=CovariateModel.fitted(people).to_json(),
-            scaling=recipe.diffusion.covariate_scaling,
-        ),
-        grid=GridDescription.of(grid),
-        preprocessing={},
-        training={},
-        licence="",
-        weights={},
+    latent = LatentDescription(shape_CXYZ=shape, scale=1.0, by_population=recipe.diffusion.latent_population)
+    description = described(
+        recipe, f"untrained-{name}", grid, people, latent, preprocessing={}, training={}, licence=""
     )
     population = LatentPopulation(torch.zeros(shape), torch.zeros(4, *shape), torch.ones(shape))
     return LatentDiffusion(

@@ -1,6 +1,7 @@
 """Stage 1: the autoencoder learns to compress brains (paper 2.2; weights and rates in paper.md 3.1).
 
-    loss = L1 + kl_weight KL + perceptual_weight P + adversarial_weight (D(reconstruction) - 1)^2
+    loss = L1 + kl_weight KL + perceptual_weight P + local_histogram_weight H
+           + adversarial_weight (D(reconstruction) - 1)^2
 
 KL is a sum over the latent, averaged over the batch, as in the authors' code: hence its tiny weight.
 """
@@ -27,6 +28,7 @@ from brainldm.train.checkpoint import module_tensors, optimiser_tensors, restore
 from brainldm.train.config import AutoencoderStageConfig
 from brainldm.train.distributed import ALONE, Place, normalised_together
 from brainldm.train.feeding import Feed
+from brainldm.train.local_histogram import local_histogram_distance
 from brainldm.train.loop import learning_rate_factor
 from brainldm.train.perceptual import PerceptualDistance, perceptual_distance
 from brainldm.train.pictures import save_rows
@@ -122,6 +124,9 @@ class AutoencoderStage:
             draws = stream(self.seed, "autoencoder-perceptual", step)
             figures["perceptual"] = self.features.distance(reconstruction, image, draws)
             loss = loss + config.perceptual_weight * figures["perceptual"]
+        if config.local_histogram_weight > 0:
+            figures["local_histogram"] = local_histogram_distance(reconstruction, image)
+            loss = loss + config.local_histogram_weight * figures["local_histogram"]
         if adversarial:
             assert self.discriminator is not None
             self.discriminator.requires_grad_(False)

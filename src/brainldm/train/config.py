@@ -52,6 +52,8 @@ class AutoencoderStageConfig:
     initial_log_variance: float = 0.0
     perceptual_weight: float = 0.002
     perceptual: PerceptualName = "random"  # all but this one need weights of the user's (train/perceptual)
+    # Not the paper's: the difference of histograms in blocks of 8 voxels, which keeps volumes (train/local_histogram).
+    local_histogram_weight: float = 0.0
     adversarial_weight: float = 0.005
     adversarial_from_step: int = 0
     discriminator_learning_rate: float = 1e-4

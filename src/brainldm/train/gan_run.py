@@ -30,11 +30,12 @@ from brainldm.model.gan import GanModel
 from brainldm.model.precision import choose_device, choose_precision
 from brainldm.nets.gan import GanConfig
 from brainldm.train.config import GanStageConfig
+from brainldm.train.describe_model import quality_of
 from brainldm.train.distributed import one_process_only
 from brainldm.train.gan_stage import GanStage
 from brainldm.train.loop import run_stage
 from brainldm.train.record import record_run
-from brainldm.train.run import TrainSummary, quality_of
+from brainldm.train.run import TrainSummary
 from brainldm.train.tensorboard import check_tensorboard
 
 

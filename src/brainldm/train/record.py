@@ -13,7 +13,11 @@ from brainldm.base.errors import UsageError
 from brainldm.base.files import read_json, write_json
 
 # What earlier versions did not record, and did: a run of theirs goes on.
-_BEFORE_IT_WAS_RECORDED: dict[str, Any] = {"recipe.autoencoder.perceptual": "random", "perceptual_weights_sha256": []}
+_BEFORE_IT_WAS_RECORDED: dict[str, Any] = {
+    "recipe.autoencoder.perceptual": "random",
+    "recipe.autoencoder.local_histogram_weight": 0.0,
+    "perceptual_weights_sha256": [],
+}
 
 
 def record_run(out: Path, wanted: dict[str, Any]) -> None:

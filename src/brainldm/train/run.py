@@ -28,16 +28,7 @@ from brainldm.base.files import locked_folder, read_json, write_json
 from brainldm.base.manifest import Manifest
 from brainldm.base.progress import Progress, Quiet
 from brainldm.cohort.dataset import PreparedCohort, VolumeDataset, check_trainable
-from brainldm.cohort.quality import Population, figures_of
-from brainldm.model.description import (
-    CovariatesDescription,
-    GridDescription,
-    LatentDescription,
-    LatentDiffusionDescription,
-    ScheduleDescription,
-    UNetDescription,
-    describe_autoencoder,
-)
+from brainldm.model.description import LatentDescription, LatentDiffusionDescription
 from brainldm.model.folder import save_model
 from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.model.latent_population import FEWEST_FOR_A_POPULATION, LatentPopulation
@@ -46,7 +37,8 @@ from brainldm.nets.atlas import AnyAutoencoder, AtlasAutoencoderConfig
 from brainldm.train.autoencoder_stage import AutoencoderStage
 from brainldm.train.checkpoint import load_newest
 from brainldm.train.config import STAGES, AutoencoderStageConfig, Recipe
-from brainldm.train.diffusion_stage import DiffusionStage, unet_config
+from brainldm.train.describe_model import described, quality_of
+from brainldm.train.diffusion_stage import DiffusionStage
 from brainldm.train.distributed import ALONE, Place, check_divides, together
 from brainldm.train.kept_volumes import kept_volumes
 from brainldm.train.latents import Latents, encode_cohort
@@ -55,8 +47,6 @@ from brainldm.train.perceptual import PerceptualChoice
 from brainldm.train.record import record_run
 from brainldm.train.start_model import start_model
 from brainldm.train.tensorboard import check_tensorboard
-
-QUALITY_IMAGES = 300
 
 
 @dataclass(frozen=True)
@@ -386,59 +376,30 @@ class _Run:
         ]
 
     def _description(self, latents: Latents, scale: float, training: dict[str, Any]) -> LatentDiffusionDescription:
-        diffusion = self.recipe.diffusion
-        net = unet_config(diffusion, latents.mean_NCXYZ.shape[1])
         _, c, x, y, z = latents.mean_NCXYZ.shape
-        return LatentDiffusionDescription(
-            name=f"{self.cohort.name}-{self.recipe.name}",
-            autoencoder=describe_autoencoder(self.recipe.autoencoder.net),
-            unet=UNetDescription(**vars(net)),
-            schedule=ScheduleDescription(
-                kind=diffusion.schedule,
-                beta_start=diffusion.beta_start,
-                beta_end=diffusion.beta_end,
-                steps=diffusion.schedule_steps,
-            ),
-            target=diffusion.target,
-            latent=LatentDescription(
-                shape_CXYZ=(c, x, y, z),
-                scale=scale,
-                channel_mean=latents.channel_mean,
-                channel_std=latents.channel_std,
-                by_population=diffusion.latent_population,
-            ),
-            covariates=CovariatesDescription(
-                ranges=self.ranges.to_json(),
-                joint=CovariateModel.fitted(self.train.covariates).to_json(),
-                scaling=diffusion.covariate_scaling,
-                dropout=diffusion.condition_dropout,
-            ),
-            grid=GridDescription.of(self.cohort.grid),
+        latent = LatentDescription(
+            shape_CXYZ=(c, x, y, z),
+            scale=scale,
+            channel_mean=latents.channel_mean,
+            channel_std=latents.channel_std,
+            by_population=self.recipe.diffusion.latent_population,
+        )
+        return described(
+            self.recipe,
+            f"{self.cohort.name}-{self.recipe.name}",
+            self.cohort.grid,
+            self.train.covariates,
+            latent,
             preprocessing=dict(self.cohort.preprocessing),
             training=training,
             quality=quality_of(self.train) if training else None,
             licence=self.cohort.licence,
-            weights={},
         )
 
 
 def _unet_downsampling(recipe: Recipe) -> int:
     """What the U-Net divides the sides of a latent by at its coarsest."""
     return int(recipe.diffusion.fold * 2 ** (len(recipe.diffusion.channels) - 1))
-
-
-def quality_of(people: VolumeDataset) -> dict[str, Any] | None:
-    """What training images look like in a few figures, from at most QUALITY_IMAGES of them; None where they are too
-    few."""
-    voxel_mm = people.cohort.grid.voxel_mm
-    found = [figures_of(people.image_XYZ(index), voxel_mm) for index in _some(len(people), QUALITY_IMAGES)]
-    population = Population.fitted(figures for figures in found if figures is not None)
-    return None if population is None else population.to_json()
-
-
-def _some(count: int, most: int) -> list[int]:
-    """At most `most` of 0..count-1, evenly spread."""
-    return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most))})
 
 
 def _latents_key(autoencoder: AnyAutoencoder, cohort: PreparedCohort) -> str:
