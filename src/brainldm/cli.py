@@ -596,6 +596,45 @@ def table1(
 
 
 @app.command
+def calibrate(
+    model: Path,
+    out: Path,
+    /,
+    *,
+    n: Annotated[int, Parameter(help="Brains to make and measure.")] = 200,
+    seed: Annotated[int, Parameter(help="Of these brains; judge the model on brains of another seed.")] = 1,
+    measure_: Annotated[
+        Literal["template", "synthseg"],
+        Parameter(name="--measure", help="What finds volumes: the built-in measure, or mri_synthseg."),
+    ] = "template",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    workers: Workers = 1,
+) -> None:
+    """A model that shows the volumes it is asked for: how it answers is measured, and corrected. Writes OUT/model.
+
+    The same command goes on with an interrupted one.
+    """
+    from brainldm.recipes.calibrate import calibrate as run
+
+    with _progress() as progress:
+        found = run(
+            model,
+            out,
+            n=n,
+            seed=seed,
+            instrument=_instrument(measure_),
+            device=device,
+            precision=precision,
+            workers=workers,
+            progress=progress,
+            say=_say,
+        )
+    _say(found.as_text())
+    _say(f"The calibrated model is {out / 'model'}.")
+
+
+@app.command
 def card(
     model: Path,
     cohort: Path,

@@ -181,6 +181,7 @@ def _facts(model: LatentDiffusion | GanModel, settings: GenerateSettings, n: int
             "training_images": description.training.get("training_images"),
             "cohort": description.training.get("cohort"),
             "ranges": description.covariates.ranges,
+            **_response_facts(description),
         },
         "grid": _written_grid(model.grid, settings).to_json(),
         "n": n,
@@ -197,6 +198,12 @@ def _facts(model: LatentDiffusion | GanModel, settings: GenerateSettings, n: int
         "guidance": settings.guidance,
         "same_noise": settings.same_noise,
     }
+
+
+def _response_facts(description: LatentDiffusionDescription | GanDescription) -> dict[str, Any]:
+    """How the model is told what is asked, where it was calibrated: the same weights make other brains of it."""
+    response = description.covariates.response
+    return {} if response is None else {"response": response.model_dump(mode="json")}
 
 
 # What a dataset of an earlier version was made with, where it does not say.

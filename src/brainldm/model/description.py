@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from brainldm.base.covariates import COVARIATES, UNITS, CovariateModel, CovariateRanges, Covariates, conditions
 from brainldm.base.volume import Grid
 from brainldm.diffusion.schedule import Schedule, rectified, scaled_linear
+from brainldm.model.response import LEAST_SLOPE, own_slopes, told_for
 from brainldm.nets.atlas import AnyAutoencoderConfig, AtlasAutoencoderConfig
 from brainldm.nets.autoencoder import AutoencoderConfig
 from brainldm.nets.gan import GanConfig
@@ -141,11 +142,33 @@ class GridDescription(Strict):
         return Grid(self.name, self.shape_XYZ, self.voxel_mm, self.origin_mm)
 
 
+class ResponseDescription(Strict):
+    """The lines of response.py for a model: how it shows ventricles and brain of what it is told, found on so many
+    `brains` of its own, drawn with `seed` and measured by `instrument`."""
+
+    intercepts_mm3: tuple[float, float]
+    slopes: tuple[tuple[float, float, float, float], tuple[float, float, float, float]]
+    brains: int
+    seed: int
+    instrument: str
+
+    @model_validator(mode="after")
+    def _can_be_inverted(self) -> ResponseDescription:
+        for name, slope in own_slopes(np.array(self.slopes)).items():
+            if not slope >= LEAST_SLOPE:
+                raise ValueError(f"{name} is shown with a slope of {slope:.2f}; it must be {LEAST_SLOPE} or more")
+        return self
+
+    def told_for(self, rows: Sequence[Covariates]) -> list[Covariates]:
+        return told_for(rows, np.array(self.intercepts_mm3), np.array(self.slopes))
+
+
 class CovariatesDescription(Strict):
     """The covariates in the network's order, their units and training ranges, and their joint distribution.
 
     The distribution holds no individual's row: quantiles and correlations of the training people. `scaling` is how the
     network is told them (base/covariates.py), `dropout` how often its training kept them back; guidance needs that.
+    With a `response` the network is told other volumes than are asked, so that it shows those.
     """
 
     names: tuple[str, ...] = COVARIATES
@@ -153,6 +176,7 @@ class CovariatesDescription(Strict):
     joint: dict | None = None
     scaling: Literal["min_max", "equalised"] = "min_max"
     dropout: float = Field(default=0.0, ge=0, le=1)
+    response: ResponseDescription | None = None
 
     @model_validator(mode="after")
     def _are_the_known_ones(self) -> CovariatesDescription:
@@ -172,7 +196,9 @@ class CovariatesDescription(Strict):
         return None if self.joint is None else CovariateModel.from_json(self.joint)
 
     def conditions(self, rows: Sequence[Covariates]) -> np.ndarray:
-        """What the network is told of these people: float32, (n, 4)."""
+        """What the network is told where these people are asked for: float32, (n, 4)."""
+        if self.response is not None:
+            rows = self.response.told_for(rows)
         equalised_by = self.joint_model() if self.scaling == "equalised" else None
         return conditions(rows, self.fitted_ranges(), equalised_by)
 

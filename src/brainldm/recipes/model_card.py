@@ -531,9 +531,14 @@ def _commands(parts: _Parts, cohort: Path, n: int, reconstructed: int, pairs: in
         told += f" --averaging {predictor.averaging}" if predictor.averaging > 1 else ""
         commands.append(f"brainldm train {name} --data COHORT --out {name.upper()}{told}")
     predictors = "".join(f" --{name} {name.upper()}" for name in parts.predictors)
+    made = "RUN"
+    response = parts.loaded.description.covariates.response
+    if response is not None:
+        commands.append(f"brainldm calibrate RUN CALIBRATED --n {response.brains} --seed {response.seed}")
+        made = "CALIBRATED"
     return [
         *commands,
-        f"brainldm export package RUN MODEL{stated}",
+        f"brainldm export package {made} MODEL{stated}",
         f"brainldm card MODEL COHORT CARD{predictors} --phantoms PHANTOMS --n {n} "
         f"--reconstructed {reconstructed} --pairs {pairs} --seed {seed}",
     ]

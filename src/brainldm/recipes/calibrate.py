@@ -1,0 +1,179 @@
+"""A model that shows what it is asked for: its answer is measured once, and taken into account from then on.
+
+OUT/brains/            brains of the model's own joint distribution, as the model shows them untold of all this
+OUT/measured/          what the instrument finds in them
+OUT/model/             the model, its model.json saying how it answers (model/response)
+OUT/calibration.json   the lines, and how well brains are expected to follow what is asked, before and after
+
+The lines are only as true as the instrument that found them. They move the mean of what is shown, not its scatter: a
+model that scatters widely does so afterwards as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import brainldm
+from brainldm.base.covariates import Covariates
+from brainldm.base.errors import PartialFailure, UsageError
+from brainldm.base.files import make_folder, write_json
+from brainldm.base.progress import Progress, Quiet
+from brainldm.base.tables import read_table
+from brainldm.evaluate.conditioning import agreement
+from brainldm.evaluate.instrument import check_instrument
+from brainldm.evaluate.measuring import Instrument
+from brainldm.generate.plan import PlanRow, make_plan
+from brainldm.generate.run import GenerateSettings, generate
+from brainldm.model.description import LatentDiffusionDescription, ResponseDescription
+from brainldm.model.folder import load_latent_diffusion, save_model
+from brainldm.model.latent_diffusion import LatentDiffusion
+from brainldm.model.precision import choose_device, choose_precision
+from brainldm.model.response import LEAST_SLOPE, SHOWN, fitted_lines, own_slopes
+
+FEWEST = 40  # brains: five numbers a line, and something to see of the scatter
+_FOLDS = 10
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`before` and `after` are agreements of asked and shown volumes, by name; those after are expected: each tenth of
+    the brains is corrected by lines through the others."""
+
+    response: ResponseDescription
+    scatter_mm3: dict[str, float]
+    before: dict[str, dict[str, Any]]
+    after: dict[str, dict[str, Any]]
+
+    def as_text(self) -> str:
+        lines = [f"{self.response.brains} brains, measured by {self.response.instrument}:"]
+        for name in SHOWN:
+            before, after = self.before[name], self.after[name]
+            lines.append(
+                f"{name}: slope {before['slope']['value']:.3f}, r {before['pearson_r']['value']:.3f}, "
+                f"bias {before['bias']['value'] / 1e3:+.1f} ml; expected from now on: slope "
+                f"{after['slope']['value']:.3f}, r {after['pearson_r']['value']:.3f}, bias "
+                f"{after['bias']['value'] / 1e3:+.1f} ml (scatter {self.scatter_mm3[name] / 1e3:.1f} ml)"
+            )
+        return "\n".join(lines)
+
+
+def calibrate(
+    model: Path,
+    out: Path,
+    *,
+    n: int = 200,
+    seed: int = 1,
+    instrument: Instrument | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    workers: int = 1,
+    progress: Progress = Quiet(),  # noqa: B008  # stateless
+    say: Callable[[str], None] = lambda _: None,
+) -> Calibration:
+    """Makes `n` brains of `model`, measures them and writes the calibrated model; goes on with what is there.
+
+    A model that was calibrated before is calibrated anew, not further. UsageError for fewer than FEWEST brains, a model
+    that does not know its people's joint distribution, or one that hardly follows what it is asked.
+    """
+    if n < FEWEST:
+        raise UsageError(f"{n} brains are too few for a calibration.", remedy=f"Ask for --n {FEWEST} or more.")
+    where = choose_device(device)
+    loaded = _uncalibrated(load_latent_diffusion(model, where, precision=choose_precision(precision, where)))
+    if loaded.joint is None:
+        raise UsageError(
+            "this model does not know how covariates are distributed in its training people.",
+            remedy="Calibrate a model that brainldm trained.",
+            path=model,
+        )
+    make_folder(out)
+    say(f"1/2 {n} brains")
+    rows = make_plan({}, n=n, seed=seed, ranges=loaded.ranges, joint=loaded.joint)
+    generate(loaded, out / "brains", rows, GenerateSettings(seed=seed), progress=progress)
+    say("2/2 measure them")
+    try:
+        name = check_instrument(
+            out / "brains", out / "measured", instrument=instrument, workers=workers, progress=progress
+        ).instrument
+    except PartialFailure as failure:
+        raise UsageError(
+            "some of its brains cannot be measured, so the model is not fit to be calibrated.",
+            remedy="Train it for longer; instrument.json says which and why.",
+            path=failure.path,
+        ) from failure
+    asked, shown_N2 = _asked_and_shown(rows, out / "measured" / "measured.tsv")
+    intercepts_2, slopes_24, scatter_2 = fitted_lines(asked, shown_N2)
+    for volume, slope in own_slopes(slopes_24).items():
+        if slope < LEAST_SLOPE:
+            raise UsageError(
+                f"asked for 10 ml more of {volume}, this model shows {10 * slope:.1f} ml more: too little to correct.",
+                remedy="Train it for longer, or tell it volumes as decoded (docs/training.md).",
+                path=model,
+            )
+    response = ResponseDescription.model_validate(
+        {
+            "intercepts_mm3": intercepts_2.tolist(),
+            "slopes": slopes_24.tolist(),
+            "brains": len(asked),
+            "seed": seed,
+            "instrument": name,
+        }
+    )
+    asked_N2 = np.array([[getattr(row, volume) for volume in SHOWN] for row in asked])
+    found = Calibration(
+        response,
+        dict(zip(SHOWN, scatter_2.tolist())),
+        _agreements(asked_N2, shown_N2),
+        _agreements(asked_N2, _expected(asked, asked_N2, shown_N2)),
+    )
+    # Loaded anew: what sampling packed into bfloat16 is not what is saved.
+    whole = _uncalibrated(load_latent_diffusion(model))
+    save_model(out / "model", _with_response(whole, response), weights_dtype=whole.description.weights_dtype)
+    facts = {"software": {"brainldm": brainldm.__version__}, "response": response.model_dump(mode="json")}
+    rest = {"scatter_mm3": found.scatter_mm3, "before": found.before, "after": found.after}
+    write_json(out / "calibration.json", facts | rest)
+    return found
+
+
+def _with_response(model: LatentDiffusion, response: ResponseDescription | None) -> LatentDiffusion:
+    covariates = model.description.covariates.model_copy(update={"response": response})
+    description: LatentDiffusionDescription = model.description.model_copy(update={"covariates": covariates})
+    return replace(model, description=description)
+
+
+def _uncalibrated(model: LatentDiffusion) -> LatentDiffusion:
+    return _with_response(model, None)
+
+
+def _asked_and_shown(rows: list[PlanRow], measured: Path) -> tuple[list[Covariates], np.ndarray]:
+    """What was asked of each brain, and the volumes (N, 2) found in it."""
+    table = read_table(measured)
+    of = {
+        cells["participant_id"]: [table.number(position, name) for name in SHOWN]
+        for position, cells in enumerate(table.rows)
+    }
+    return [row.covariates for row in rows], np.array([of[row.participant_id] for row in rows], dtype=np.float64)
+
+
+def _expected(asked: list[Covariates], asked_N2: np.ndarray, shown_N2: np.ndarray) -> np.ndarray:
+    """What such brains would show if each had been told by lines through the brains of the other folds: what was asked,
+    and by how much it missed those lines."""
+    expected_N2 = np.empty_like(shown_N2)
+    for fold in range(_FOLDS):
+        here = np.arange(len(asked)) % _FOLDS == fold
+        intercepts_2, slopes_24, _ = fitted_lines(
+            [row for row, in_it in zip(asked, here) if not in_it], shown_N2[~here]
+        )
+        values_N4 = np.array([row.as_array() for row, in_it in zip(asked, here) if in_it])
+        expected_N2[here] = asked_N2[here] + shown_N2[here] - (intercepts_2 + values_N4 @ slopes_24.T)
+    return expected_N2
+
+
+def _agreements(asked_N2: np.ndarray, shown_N2: np.ndarray) -> dict[str, dict[str, Any]]:
+    return {
+        name: asdict(agreement(asked_N2[:, at].tolist(), shown_N2[:, at].tolist())) for at, name in enumerate(SHOWN)
+    }
