@@ -93,6 +93,12 @@ def test_the_card_holds_every_figure_and_is_gone_on_with(
     assert card == card_text(results)
     assert "**missed**" in card and "Missed: " in card and "Not for clinical use" in card
     assert "Louis Collins" in card and "brainldm card MODEL COHORT CARD" in card
+    slopes = [[0, 0, 0.91, 0], [0, 0, 0, 0.58]]
+    response = {"intercepts_mm3": [0, 0], "slopes": slopes, "brains": 50, "seed": 1, "instrument": "one"}
+    told = card_text({**results, "model": {**results["model"], "response": response}})
+    assert "| calibration |" not in card
+    assert "| calibration | on 50 brains of its own (seed 1, one), which showed ventricles with a slope of 0.91" in told
+    assert [line for line in told.splitlines() if "| calibration |" not in line] == card.splitlines()
     judged = json.loads((out / "judged" / "scorecard.json").read_text())
     assert judged["settings"]["held_out_only"] and judged["real"]["sampled"] == 2
 

@@ -73,7 +73,8 @@ neither the model nor the predictors learnt from. Intervals are 95 %.
 | people | {{ training.training_images }} phantoms trained on, {{ settings.held_out }} held out (phantom seed \
 {{ settings.phantom_seed }}) |
 | ranges | {{ ranges }} |
-| speed | {{ speed_told }} |
+{% if calibration %}| calibration | {{ calibration }} |
+{% endif %}| speed | {{ speed_told }} |
 
 ## Make it again
 
@@ -131,6 +132,7 @@ def card_text(results: Mapping[str, Any]) -> str:
             trained=f"recipe `{training['recipe']}`, "
             + "; ".join(f"{stage} {_stage(facts)}" for stage, facts in stages.items()),
             ranges=_ranges(model["ranges"]),
+            calibration=_calibration(model["response"]),
             speed_told=_speed(speed),
             commands="\n".join(results["commands"]),
             by_time="".join(f"{sentence}\n" for sentence in by_time),
@@ -186,6 +188,17 @@ def _ranges(ranges: Mapping[str, Any]) -> str:
         else:
             told.append(f"{name.removesuffix('_years')} {low:.0f} to {high:.0f} years")
     return ", ".join(told)
+
+
+def _calibration(response: Mapping[str, Any] | None) -> str:
+    """How the model was told before and is now; empty where it is told what is asked."""
+    if response is None:
+        return ""
+    ventricles, brain = (response["slopes"][row][at] for row, at in ((0, 2), (1, 3)))
+    return (
+        f"on {response['brains']} brains of its own (seed {response['seed']}, {response['instrument']}), which showed "
+        f"ventricles with a slope of {ventricles:.2f} and brain volume with {brain:.2f}; it is told accordingly"
+    )
 
 
 def _speed(speed: Mapping[str, Any]) -> str:

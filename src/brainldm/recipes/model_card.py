@@ -450,7 +450,7 @@ def _about(parts: _Parts) -> dict[str, Any]:
     }
     if model.population is not None:
         parameters["latent_population"] = sum(tensor.numel() for tensor in model.population.tensors().values())
-    ranges = model.ranges
+    ranges, response = model.ranges, description.covariates.response
     return {
         "name": description.name,
         "id": description.identity,
@@ -465,6 +465,7 @@ def _about(parts: _Parts) -> dict[str, Any]:
             for name in CONTINUOUS
         },
         "licence": description.licence,
+        "response": None if response is None else response.model_dump(mode="json"),
     }
 
 
