@@ -10,7 +10,7 @@ import time
 import pytest
 
 from brainldm.base.errors import BadInput, EnvironmentProblem
-from brainldm.base.pool import each_in_a_pool
+from brainldm.base.pool import each_in_a_pool, kept_processes
 
 
 def halved(number: int) -> float:
@@ -67,6 +67,30 @@ def test_who_stops_listening_does_not_wait_for_the_rest() -> None:
     outcomes.close()
     assert time.monotonic() - begun < 10
     assert multiprocessing.active_children() == []
+
+
+def processes_of(tasks: range, workers: int = 2) -> set[int]:
+    outcomes = [outcome for _, outcome in each_in_a_pool(threads_and_process, tasks, workers=workers)]
+    return {outcome[1] for outcome in outcomes if not isinstance(outcome, Exception)}
+
+
+def test_kept_processes_serve_one_piece_of_work_after_another() -> None:
+    with kept_processes():
+        processes_of(range(8))
+        first = {child.pid for child in multiprocessing.active_children()}
+        assert processes_of(range(3)) <= first
+        assert {child.pid for child in multiprocessing.active_children()} == first
+        assert processes_of(range(8), workers=3).isdisjoint(first)
+        assert len(multiprocessing.active_children()) <= 3
+        with pytest.raises(EnvironmentProblem, match="killed from outside"):
+            list(each_in_a_pool(killed, range(4), workers=3))
+        stopped = each_in_a_pool(slow, range(4), workers=3)
+        assert next(stopped) == (0, 0)
+        stopped.close()
+        assert multiprocessing.active_children() == []
+        assert len(dict(each_in_a_pool(halved, range(6), workers=3))) == 6
+    assert multiprocessing.active_children() == []
+    assert processes_of(range(4)).isdisjoint(first)
 
 
 def test_no_tasks_are_no_work() -> None:

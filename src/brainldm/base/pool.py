@@ -7,6 +7,7 @@ themselves when the parent is killed.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import multiprocessing
 import os
 import signal
@@ -48,14 +49,13 @@ def each_in_a_pool(
             except Exception as error:
                 yield task, error
         return
+    kept = _kept.get()
     with _one_thread_each():
-        pool = ProcessPoolExecutor(
-            min(workers, len(tasks)), multiprocessing.get_context("spawn"), initializer=_start_worker
-        )
-        children_before = set(multiprocessing.active_children())
+        processes = _Processes(min(workers, len(tasks))) if kept is None else kept.processes(workers)
         try:
-            yield from _as_finished(pool, work, tasks, ahead=2 * workers)
+            yield from _as_finished(processes.pool, work, tasks, ahead=2 * workers)
         except BrokenProcessPool as error:
+            processes.end()
             raise EnvironmentProblem(
                 "a worker process was killed from outside; the usual reason is too little memory.",
                 remedy="Run the same command again with fewer --workers: it goes on where it stopped.",
@@ -63,11 +63,63 @@ def each_in_a_pool(
             ) from error
         except BaseException:
             # Ctrl-C, a full disk, a consumer that stops: half-made files are swept up by the next run.
-            for child in set(multiprocessing.active_children()) - children_before:
-                child.terminate()
+            processes.end()
             raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        if kept is None:
+            processes.close()
+
+
+@contextlib.contextmanager
+def kept_processes() -> Iterator[None]:
+    """Until the end, pieces of work that are handed out one after another go to the same processes, which need not
+    import and read everything anew for each."""
+    kept = _Kept()
+    token = _kept.set(kept)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+        kept.close()
+
+
+class _Processes:
+    """A pool and the processes that it started."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers, self.ended = workers, False
+        self._children_before = set(multiprocessing.active_children())
+        self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+
+    def close(self) -> None:
+        """Waits for what is running."""
+        self.ended = True
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def end(self) -> None:
+        """Without waiting for what is running."""
+        for child in set(multiprocessing.active_children()) - self._children_before:
+            child.terminate()
+        self.close()
+
+
+class _Kept:
+    """The processes of the last piece of work, for the next one that wants as many."""
+
+    def __init__(self) -> None:
+        self._last: _Processes | None = None
+
+    def processes(self, workers: int) -> _Processes:
+        if self._last is None or self._last.ended or self._last.workers != workers:
+            self.close()
+            self._last = _Processes(workers)
+        return self._last
+
+    def close(self) -> None:
+        if self._last is not None and not self._last.ended:
+            self._last.close()
+
+
+_kept: contextvars.ContextVar[_Kept | None] = contextvars.ContextVar("kept processes", default=None)
 
 
 def _as_finished(

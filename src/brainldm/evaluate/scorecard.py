@@ -27,7 +27,7 @@ import scipy
 import brainldm
 from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.files import locked_folder, make_folder, write_json, write_text
-from brainldm.base.pool import usable_cpus
+from brainldm.base.pool import kept_processes, usable_cpus
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.tables import write_table
 from brainldm.evaluate import gradient_ssim, printed
@@ -208,7 +208,7 @@ def evaluate_folders(
         cache,
         held_out_only,
     )
-    with locked_folder(out):
+    with locked_folder(out), kept_processes():
         found = judge.run(show_real=show_real)
         card = _scorecard(judge, found)
         if curves is not None:
