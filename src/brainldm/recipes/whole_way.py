@@ -72,7 +72,7 @@ def run_demo(
     say: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """24 brains by the shipped model, phantoms made on the spot to compare with, evaluation and page below `out`, in
-    four minutes on two cores; returns the page's path.
+    three minutes on two cores; returns the page's path.
 
     An interrupted demo goes on where it stopped. BadInput where the package has no shipped model.
     """
