@@ -81,6 +81,7 @@ def test_fifty_steps_of_ddim_are_monai_s_at_the_published_timesteps() -> None:
     assert relative_error(autoencoder.decode(found), image) < 1e-4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_ddpm_is_monai_s_given_the_same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, unet = pair(SMALL)
