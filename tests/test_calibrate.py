@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from brainldm.base.covariates import Covariates
 from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.files import read_json
+from brainldm.base.nifti import read_nifti
 from brainldm.base.streams import stream
 from brainldm.base.volume import Volume
 from brainldm.cohort.measure import Measured
@@ -92,8 +93,6 @@ def digest(image_XYZ: np.ndarray) -> str:
 @pytest.fixture(scope="module")
 def brains(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Lookup]:
     """40 brains where a calibration will look for them, and what an instrument finds in them."""
-    from brainldm.base.nifti import read_nifti
-
     out = tmp_path_factory.mktemp("calibration") / "out"
     model = load_latent_diffusion(tiny_run)
     rows = make_plan({}, n=40, seed=1, ranges=model.ranges, joint=model.joint)

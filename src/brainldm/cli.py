@@ -38,6 +38,10 @@ for part in (import_app, export_app, fetch_app):
 
 Workers = Annotated[int, Parameter(help="Processes that work side by side.")]
 Device = Annotated[str, Parameter(help="auto, cpu or cuda.")]
+Measure = Annotated[
+    Literal["template", "synthseg"],
+    Parameter(name="--measure", help="What finds volumes: the built-in measure, or mri_synthseg."),
+]
 Precision = Annotated[str, Parameter(help="auto, fp32 or bf16; auto takes bf16 where the processor is made for it.")]
 
 
@@ -603,10 +607,7 @@ def calibrate(
     *,
     n: Annotated[int, Parameter(help="Brains to make and measure.")] = 200,
     seed: Annotated[int, Parameter(help="Of these brains; judge the model on brains of another seed.")] = 1,
-    measure_: Annotated[
-        Literal["template", "synthseg"],
-        Parameter(name="--measure", help="What finds volumes: the built-in measure, or mri_synthseg."),
-    ] = "template",
+    measure_: Measure = "template",
     device: Device = "auto",
     precision: Precision = "auto",
     workers: Workers = 1,
@@ -792,9 +793,7 @@ def evaluate(
         list[str] | None,
         Parameter(help="Spaces to compare the sets in: random (default), med3d=CHECKPOINT, med3d-signed=..., none."),
     ] = None,
-    measure: Annotated[
-        Literal["template", "synthseg"], Parameter(help="What finds volumes: the built-in measure, or mri_synthseg.")
-    ] = "template",
+    measure_: Measure = "template",
     volumes: Annotated[
         Path | None, Parameter(help="What mri_synthseg --vol or asegstats2table found in SYNTH, instead of measuring.")
     ] = None,
@@ -816,7 +815,7 @@ def evaluate(
             synth,
             real,
             out,
-            measure=_instrument(measure),
+            measure=_instrument(measure_),
             pairs=pairs,
             seed=seed,
             workers=workers,
@@ -845,10 +844,7 @@ def measure(
         str | None,
         Parameter(help="A column of participants.tsv that holds the ventricular volume somebody else found."),
     ] = None,
-    measure_: Annotated[
-        Literal["template", "synthseg"],
-        Parameter(name="--measure", help="What finds volumes: the built-in measure, or mri_synthseg."),
-    ] = "template",
+    measure_: Measure = "template",
     workers: Workers = 1,
 ) -> None:
     """Ventricular and brain volume of scans, without trained weights; and how well that agrees with others."""

@@ -11,6 +11,7 @@ model that scatters widely does so afterwards as well.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 import brainldm
 from brainldm.base.covariates import Covariates
 from brainldm.base.errors import PartialFailure, UsageError
-from brainldm.base.files import make_folder, write_json
+from brainldm.base.files import atomic_path, make_folder, write_json
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.tables import read_table
 from brainldm.evaluate.conditioning import agreement
@@ -30,8 +31,7 @@ from brainldm.evaluate.measuring import Instrument
 from brainldm.generate.plan import PlanRow, make_plan
 from brainldm.generate.run import GenerateSettings, generate
 from brainldm.model.description import LatentDiffusionDescription, ResponseDescription
-from brainldm.model.folder import load_latent_diffusion, save_model
-from brainldm.model.latent_diffusion import LatentDiffusion
+from brainldm.model.folder import DESCRIPTION_NAME, find_model, load_latent_diffusion
 from brainldm.model.precision import choose_device, choose_precision
 from brainldm.model.response import LEAST_SLOPE, SHOWN, fitted_lines, own_slopes
 
@@ -83,7 +83,8 @@ def calibrate(
     if n < FEWEST:
         raise UsageError(f"{n} brains are too few for a calibration.", remedy=f"Ask for --n {FEWEST} or more.")
     where = choose_device(device)
-    loaded = _uncalibrated(load_latent_diffusion(model, where, precision=choose_precision(precision, where)))
+    loaded = load_latent_diffusion(model, where, precision=choose_precision(precision, where))
+    loaded = replace(loaded, description=_with_response(loaded.description, None))
     if loaded.joint is None:
         raise UsageError(
             "this model does not know how covariates are distributed in its training people.",
@@ -130,23 +131,26 @@ def calibrate(
         _agreements(asked_N2, shown_N2),
         _agreements(asked_N2, _expected(asked, asked_N2, shown_N2)),
     )
-    # Loaded anew: what sampling packed into bfloat16 is not what is saved.
-    whole = _uncalibrated(load_latent_diffusion(model))
-    save_model(out / "model", _with_response(whole, response), weights_dtype=whole.description.weights_dtype)
+    _copy_calibrated(find_model(model), out / "model", _with_response(loaded.description, response))
     facts = {"software": {"brainldm": brainldm.__version__}, "response": response.model_dump(mode="json")}
     rest = {"scatter_mm3": found.scatter_mm3, "before": found.before, "after": found.after}
     write_json(out / "calibration.json", facts | rest)
     return found
 
 
-def _with_response(model: LatentDiffusion, response: ResponseDescription | None) -> LatentDiffusion:
-    covariates = model.description.covariates.model_copy(update={"response": response})
-    description: LatentDiffusionDescription = model.description.model_copy(update={"covariates": covariates})
-    return replace(model, description=description)
+def _with_response(
+    description: LatentDiffusionDescription, response: ResponseDescription | None
+) -> LatentDiffusionDescription:
+    covariates = description.covariates.model_copy(update={"response": response})
+    return description.model_copy(update={"covariates": covariates})
 
 
-def _uncalibrated(model: LatentDiffusion) -> LatentDiffusion:
-    return _with_response(model, None)
+def _copy_calibrated(model: Path, out: Path, description: LatentDiffusionDescription) -> None:
+    """The weights as they are; model.json last, so that a folder with a model.json is whole."""
+    for name in description.weights:
+        with atomic_path(out / name) as part:
+            shutil.copyfile(model / name, part)
+    write_json(out / DESCRIPTION_NAME, description.model_dump(mode="json"))
 
 
 def _asked_and_shown(rows: list[PlanRow], measured: Path) -> tuple[list[Covariates], np.ndarray]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 from brainldm.cohort.phantom_bids import MNI_NOTICE
+from brainldm.model.response import own_slopes
 
 # Key of results.json, what it is, decimals.
 _LINES = (
@@ -194,10 +196,11 @@ def _calibration(response: Mapping[str, Any] | None) -> str:
     """How the model was told before and is now; empty where it is told what is asked."""
     if response is None:
         return ""
-    ventricles, brain = (response["slopes"][row][at] for row, at in ((0, 2), (1, 3)))
+    slope = own_slopes(np.array(response["slopes"]))
     return (
         f"on {response['brains']} brains of its own (seed {response['seed']}, {response['instrument']}), which showed "
-        f"ventricles with a slope of {ventricles:.2f} and brain volume with {brain:.2f}; it is told accordingly"
+        f"ventricles with a slope of {slope['ventricles_mm3']:.2f} and brain volume with {slope['brain_mm3']:.2f}; "
+        "it is told accordingly"
     )
 
 
