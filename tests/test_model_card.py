@@ -84,6 +84,7 @@ def test_the_card_holds_every_figure_and_is_gone_on_with(
     assert results["ventricles"]["n"] == 4 and results["reconstruction"]["n"] == 2
     assert results["model"]["id"] == read_description(tiny_run).identity
     assert results["ms_ssim"]["held_out"]["value"] is not None
+    assert results["gate"]["value"] is None and "real images to say what is usual" in results["gate"]["reason"]
     assert results["settings"]["held_out"] == 2 and results["speed"]["brains_timed"] == 4
     assert results["extrapolation"]["marked"] and len(results["extrapolation"]["noises"]) == 2
     for name in ("mosaic.png", "extrapolation.png"):

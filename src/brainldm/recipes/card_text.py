@@ -62,6 +62,8 @@ neither the model nor the predictors learnt from. Intervals are 95 %.
 - Reconstruction is against the phantom without its noise, range 1, over the whole box. Inside the head alone: PSNR
   {{ in_head }} dB. The scan that goes in: {{ scan_itself }} dB.
 - Brains nearer to a training image than anybody held out, as a share: {{ copies }}.
+- Brains that the gate (`generate --gate`) rejects, as a share: {{ rejected }}.
+  Of held-out phantoms it is set to reject {{ by_design }}.
 
 ![Beyond what training covered](extrapolation.png)
 
@@ -129,6 +131,8 @@ def card_text(results: Mapping[str, Any]) -> str:
             in_head=_value(results["reconstruction"]["in_head"], 1),
             scan_itself=_value(results["reconstruction"]["scan_itself"], 1),
             copies=_value(results["copies"], 3),
+            rejected=_value(results["gate"], 3),
+            by_design=_value(results["gate"]["by_design"], 3),
             parameters=", ".join(f"{what.replace('_', ' ')} {count:,}" for what, count in model["parameters"].items()),
             megabytes=f"{model['weights_bytes'] / 1e6:.1f}",
             trained=f"recipe `{training['recipe']}`, "

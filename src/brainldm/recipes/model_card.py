@@ -336,6 +336,13 @@ def judged_figures(card: Scorecard, seed: int) -> dict[str, Any]:
         figure="share of brains nearer to a training image than anybody held out",
         by_chance=figure(copies.reference, seed),
     )
+    implausible = card.row("gate.rejected")
+    found["gate"] = figure(
+        implausible.synthetic,
+        seed,
+        figure="share of brains that the gate rejects as unlike the held-out phantoms",
+        by_design=figure(implausible.reference, seed),
+    )
     return found
 
 
