@@ -123,6 +123,10 @@ def test_a_calibrated_model_is_told_what_makes_it_show_what_is_asked(
     noise = [row_noise(0, i) for i in range(3)]
     np.testing.assert_array_equal(calibrated.sample(asked, noise, steps=2), plain.sample(told, noise, steps=2))
 
+    assert calibrated.description.identity != plain.description.identity  # the same weights, other brains
+    renamed = plain.description.model_copy(update={"name": "another", "licence": "CC0-1.0"})
+    assert renamed.identity == plain.description.identity
+
     # A dataset says how its model was told, and is not mixed with one of the same weights untold.
     rows = make_plan({}, n=1, seed=0, ranges=plain.ranges, joint=plain.joint)
     generate(calibrated, tmp_path / "made", rows, GenerateSettings())

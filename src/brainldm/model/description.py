@@ -5,6 +5,8 @@ The description is data, never code: strict pydantic models over plain JSON, unk
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Literal
 
@@ -225,8 +227,12 @@ class ModelDescription(Strict):
 
     @property
     def identity(self) -> str:
-        """The first digits of the hash of what generates."""
-        raise NotImplementedError
+        """The first digits of a hash of all that generates: the weights, and how covariates and latents are told them.
+        Its name, training and licence may change without it."""
+        told_of_it = {"name", "preprocessing", "training", "quality", "licence"}
+        # Without defaults, so that a field that is new tomorrow leaves today's models their identity.
+        facts = self.model_dump(mode="json", exclude=told_of_it, exclude_defaults=True)
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class LatentDiffusionDescription(ModelDescription):
@@ -238,10 +244,6 @@ class LatentDiffusionDescription(ModelDescription):
     schedule: ScheduleDescription = ScheduleDescription()
     target: Literal["eps", "v", "flow"] = "eps"
     latent: LatentDescription
-
-    @property
-    def identity(self) -> str:
-        return self.weights[UNET_NAME].sha256[:12]
 
     @model_validator(mode="after")
     def _parts_fit(self) -> LatentDiffusionDescription:
@@ -267,10 +269,6 @@ class GanDescription(ModelDescription):
 
     kind: Literal["lsgan", "vaegan"]
     generator: GanNetDescription
-
-    @property
-    def identity(self) -> str:
-        return self.weights[GENERATOR_NAME].sha256[:12]
 
     def build(self) -> GanConfig:
         return GanConfig(shape_XYZ=self.grid.shape_XYZ, **self.generator.model_dump())

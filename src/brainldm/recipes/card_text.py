@@ -72,7 +72,8 @@ neither the model nor the predictors learnt from. Intervals are 95 %.
 | | |
 |---|---|
 | parameters | {{ parameters }} |
-| weights | {{ megabytes }} MB, {{ model.weights_dtype }} (float32 in memory), {{ model.id }} |
+| identity | {{ model.id }}, a hash of all that generates |
+| weights | {{ megabytes }} MB, {{ model.weights_dtype }} (float32 in memory) |
 | training | {{ trained }} |
 | people | {{ training.training_images }} phantoms trained on, {{ settings.held_out }} held out (phantom seed \
 {{ settings.phantom_seed }}) |
