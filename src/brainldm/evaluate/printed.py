@@ -10,6 +10,7 @@ from brainldm.evaluate.images import Failure
 from brainldm.evaluate.rows import SECTIONS, Row, Unit
 
 _SIDES = ("synthetic", "reference", "difference")
+_COLUMNS = (*_SIDES, "n", "best")  # of the terminal's table
 TSV_COLUMNS = (
     *("section", "key", "group", "unit", "best", "reference_is"),
     *(f"{side}{part}" for side in _SIDES for part in ("", "_low", "_high", "_n")),
@@ -43,32 +44,22 @@ def _counts(row: Row) -> str:
 
 
 def as_text(rows: Sequence[Row], warnings: Sequence[str], failures: Sequence[Failure]) -> str:
-    """The scorecard for a terminal, in plain characters and no wider than it (80 to 140 columns)."""
+    """The scorecard for a terminal, in plain characters and no wider than it (80 to 140 columns). Where there is no
+    room for all figures, the last ones are left out, and it says so."""
     import shutil
     from io import StringIO
 
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("95 % intervals", min_width=30)
-    for column in ("synthetic", "reference", "difference", "n"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("best")
-    for section, title in SECTIONS.items():
-        members = [row for row in rows if row.section == section]
-        if not members:
-            continue
-        table.add_row()
-        table.add_row(title)
-        for row in members:
-            if row.group == "all":
-                cells = [shown(e, row.unit) for e in (row.synthetic, row.reference, row.difference)]
-                table.add_row(f"  {_titled(row)}", *cells, _counts(row), row.best)
     sheet = StringIO()
     width = min(max(shutil.get_terminal_size((140, 24)).columns, 80), 140)
     console = Console(file=sheet, width=width, no_color=True, force_terminal=False, emoji=False, markup=False)
-    console.print(table)
+    unbound = console.options.update(max_width=1000)
+    needed = {kept: console.measure(_table(rows, kept), options=unbound).minimum for kept in (5, 4, 3, 2)}
+    kept = next((kept for kept, columns in needed.items() if columns <= width), 2)
+    console.print(_table(rows, kept, wrapped=needed[kept] > width))
+    if left_out := _COLUMNS[kept:]:
+        console.print(f"\n{width} columns have no room for {', '.join(left_out)}: see scorecard.md.")
     console.print()
     for line in _of_parts(rows):
         console.print(line)
@@ -80,6 +71,33 @@ def as_text(rows: Sequence[Row], warnings: Sequence[str], failures: Sequence[Fai
     for failure in failures:
         console.print(f"x {failure.side} {failure.file}: {failure.message}")
     return "\n".join(line.rstrip() for line in sheet.getvalue().splitlines())
+
+
+def _table(rows: Sequence[Row], kept: int, *, wrapped: bool = False) -> Any:
+    """A row a figure, with the first `kept` of _COLUMNS; no figure is broken over lines unless `wrapped`."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("95 % intervals", min_width=None if wrapped else 28)
+    of_all = [(row, _cells(row)) for row in rows if row.group == "all"]
+    for place, column in enumerate(_COLUMNS[:kept]):
+        words = column == "best"
+        longest = max((len(cells[place]) for _, cells in of_all), default=0)
+        least = None if words or wrapped else max(longest, len(column))
+        table.add_column(column, justify="left" if words else "right", min_width=least)
+    for section, title in SECTIONS.items():
+        members = [(row, cells) for row, cells in of_all if row.section == section]
+        if members:
+            table.add_row()
+            table.add_row(title)
+        for row, cells in members:
+            table.add_row(f"  {_titled(row)}", *cells[:kept])
+    return table
+
+
+def _cells(row: Row) -> list[str]:
+    """One for each of _COLUMNS."""
+    return [*(shown(e, row.unit) for e in (row.synthetic, row.reference, row.difference)), _counts(row), row.best]
 
 
 def _of_parts(rows: Sequence[Row]) -> Iterator[str]:
