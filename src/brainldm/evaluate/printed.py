@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 from brainldm.evaluate.estimate import Estimate
@@ -10,7 +11,8 @@ from brainldm.evaluate.images import Failure
 from brainldm.evaluate.rows import SECTIONS, Row, Unit
 
 _SIDES = ("synthetic", "reference", "difference")
-_COLUMNS = (*_SIDES, "n", "best")  # of the terminal's table
+_COLUMNS = (*_SIDES, "n", "best")  # of the terminal's table, after the names
+_FEWEST_COLUMNS, _NAME_WIDTH, _GAP = 2, 28, 2
 TSV_COLUMNS = (
     *("section", "key", "group", "unit", "best", "reference_is"),
     *(f"{side}{part}" for side in _SIDES for part in ("", "_low", "_high", "_n")),
@@ -54,10 +56,12 @@ def as_text(rows: Sequence[Row], warnings: Sequence[str], failures: Sequence[Fai
     sheet = StringIO()
     width = min(max(shutil.get_terminal_size((140, 24)).columns, 80), 140)
     console = Console(file=sheet, width=width, no_color=True, force_terminal=False, emoji=False, markup=False)
-    unbound = console.options.update(max_width=1000)
-    needed = {kept: console.measure(_table(rows, kept), options=unbound).minimum for kept in (5, 4, 3, 2)}
-    kept = next((kept for kept, columns in needed.items() if columns <= width), 2)
-    console.print(_table(rows, kept, wrapped=needed[kept] > width))
+    cells = [(row, _cells(row)) for row in rows if row.group == "all"]
+    widths = _widths(cells)
+    needed = list(accumulate((_GAP + each for each in widths), initial=_NAME_WIDTH))  # of no column, one, two ...
+    fitting = [kept for kept in range(_FEWEST_COLUMNS, len(needed)) if needed[kept] <= width]
+    kept = max(fitting, default=_FEWEST_COLUMNS)
+    console.print(_table(cells, widths[:kept] if fitting else [None] * kept))
     if left_out := _COLUMNS[kept:]:
         console.print(f"\n{width} columns have no room for {', '.join(left_out)}: see scorecard.md.")
     console.print()
@@ -73,26 +77,29 @@ def as_text(rows: Sequence[Row], warnings: Sequence[str], failures: Sequence[Fai
     return "\n".join(line.rstrip() for line in sheet.getvalue().splitlines())
 
 
-def _table(rows: Sequence[Row], kept: int, *, wrapped: bool = False) -> Any:
-    """A row a figure, with the first `kept` of _COLUMNS; no figure is broken over lines unless `wrapped`."""
+def _table(cells: Sequence[tuple[Row, list[str]]], widths: Sequence[int | None]) -> Any:
+    """A row a figure, with as many of _COLUMNS as there are least widths; without them figures break over lines."""
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("95 % intervals", min_width=None if wrapped else 28)
-    of_all = [(row, _cells(row)) for row in rows if row.group == "all"]
-    for place, column in enumerate(_COLUMNS[:kept]):
-        words = column == "best"
-        longest = max((len(cells[place]) for _, cells in of_all), default=0)
-        least = None if words or wrapped else max(longest, len(column))
-        table.add_column(column, justify="left" if words else "right", min_width=least)
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+    table.add_column("95 % intervals", min_width=None if None in widths else _NAME_WIDTH)
+    for column, width in zip(_COLUMNS, widths):
+        table.add_column(column, justify="left" if column == "best" else "right", min_width=width)
     for section, title in SECTIONS.items():
-        members = [(row, cells) for row, cells in of_all if row.section == section]
+        members = [(row, figures) for row, figures in cells if row.section == section]
         if members:
             table.add_row()
             table.add_row(title)
-        for row, cells in members:
-            table.add_row(f"  {_titled(row)}", *cells[:kept])
+        for row, figures in members:
+            table.add_row(f"  {_titled(row)}", *figures[: len(widths)])
     return table
+
+
+def _widths(cells: Sequence[tuple[Row, list[str]]]) -> list[int]:
+    """What each of _COLUMNS needs at least: its longest figure; of `best`, which is words, its longest word."""
+    columns = dict(zip(_COLUMNS, zip(_COLUMNS, *(figures for _, figures in cells))))
+    columns["best"] = tuple(" ".join(columns["best"]).split())
+    return [max(map(len, parts)) for parts in columns.values()]
 
 
 def _cells(row: Row) -> list[str]:
