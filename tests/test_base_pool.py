@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Sequence
 
 import pytest
 
@@ -91,6 +92,27 @@ def test_kept_processes_serve_one_piece_of_work_after_another() -> None:
         assert len(dict(each_in_a_pool(halved, range(6), workers=3))) == 6
     assert multiprocessing.active_children() == []
     assert processes_of(range(4)).isdisjoint(first)
+
+
+class Counted(Sequence[int]):
+    """Numbers that know how many of them were asked for."""
+
+    asked = 0
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        self.asked = index + 1
+        return index
+
+
+def test_tasks_are_made_shortly_before_their_turn() -> None:
+    tasks = Counted()
+    outcomes = each_in_a_pool(halved, tasks, workers=2)
+    next(outcomes)
+    assert tasks.asked < 10
+    outcomes.close()
 
 
 def test_no_tasks_are_no_work() -> None:

@@ -75,3 +75,25 @@ def test_an_autoencoder_that_shows_no_brains_is_refused(brain_XYZ: np.ndarray, t
     with pytest.raises(UsageError, match="2 of 2 decoded images"):
         kept_volumes(tmp_path, People(brain_XYZ, 2), lambda _: np.zeros_like(brain_XYZ), "key")
     assert not (tmp_path / "kept.json").exists()
+
+
+def test_an_interrupted_measurement_goes_on_with_those_not_yet_measured(
+    brain_XYZ: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("brainldm.train.kept_volumes.usable_cpus", lambda: 1)
+    decoded = [brain_XYZ, np.zeros_like(brain_XYZ), 0.9 * brain_XYZ, brain_XYZ]
+    whole = kept_volumes(tmp_path / "whole", People(brain_XYZ, 4), decoded.__getitem__, "key")
+    asked: list[int] = []
+
+    def stopped(index: int) -> np.ndarray:
+        asked.append(index)
+        if asked == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return decoded[index]
+
+    with pytest.raises(KeyboardInterrupt):
+        kept_volumes(tmp_path / "run", People(brain_XYZ, 4), stopped, "key")
+    kept = kept_volumes(tmp_path / "run", People(brain_XYZ, 4), stopped, "key")
+    assert asked == [0, 1, 2, 2, 3]
+    assert np.array_equal(kept.shares_NV, whole.shares_NV) and kept.unmeasured == whole.unmeasured == 1
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["kept.json"]

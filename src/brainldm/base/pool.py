@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import itertools
 import multiprocessing
 import os
 import signal
@@ -40,7 +41,8 @@ def each_in_a_pool(
 ) -> Generator[tuple[Task, Result | Exception]]:
     """Each task with its result, or with the exception that it raised, as they finish. One worker is this process.
 
-    `work` and tasks must be importable and picklable. EnvironmentProblem when a worker is killed from outside.
+    A task is taken from `tasks` shortly before its turn, so a sequence may make each when it is asked for. `work` and
+    tasks must be importable and picklable. EnvironmentProblem when a worker is killed from outside.
     """
     if workers <= 1 or len(tasks) <= 1:
         for task in tasks:
@@ -125,12 +127,13 @@ _kept: contextvars.ContextVar[_Kept | None] = contextvars.ContextVar("kept proce
 def _as_finished(
     pool: ProcessPoolExecutor, work: Callable[[Task], Result], tasks: Sequence[Task], *, ahead: int
 ) -> Iterator[tuple[Task, Result | Exception]]:
-    waiting = list(reversed(tasks))
+    waiting = iter(tasks)
     running: dict[Future[Result], Task] = {}
-    while waiting or running:
-        while waiting and len(running) < ahead:
-            task = waiting.pop()
+    while True:
+        for task in itertools.islice(waiting, ahead - len(running)):
             running[pool.submit(work, task)] = task
+        if not running:
+            return
         finished, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in finished:
             task = running.pop(future)

@@ -3,13 +3,17 @@
 RUN/latents/latents.safetensors   mean and log-variance (N, C, X, Y, Z): the people of the training split in order, as
                                   they are, then all of them once more for each augmented view
 RUN/latents/latents.json          which autoencoder and cohort they are of, their scale and statistics
+RUN/latents/encoding/             those encoded so far, PART_LENGTH to a file, while the cohort is encoded
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +28,8 @@ from brainldm.model.tensors import write_tensors
 from brainldm.nets.atlas import AnyAutoencoder
 from brainldm.train.augment import Change, changed, draw_change
 from brainldm.train.config import NO_AUGMENTATION, Augmentation
+
+PART_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -64,45 +70,74 @@ def encode_cohort(
     weights and the cohort), else encoded and kept. Views beyond the first are of images changed by `augmentation`."""
     path, facts_path = folder / "latents.safetensors", folder / "latents.json"
     made_by = {"key": key, "views": views, "augmentation": asdict(augmentation), "seed": seed}
-    made_by = json.loads(json.dumps(made_by))
-    if facts_path.is_file() and path.is_file():
-        facts = read_json(facts_path)
-        if facts.get("made_by") == made_by and facts.get("sha256") == sha256_of(path):
-            return _with_statistics(load_file(path))
-    progress.start("encoding latents", views * len(dataset))
-    means, log_variances, factors = [], [], []
-    for view in range(views):
-        for index in range(len(dataset)):
+    made_by = json.loads(json.dumps(made_by))  # as it is read back
+    facts = read_json(facts_path) if facts_path.is_file() and path.is_file() else {}
+    if facts.get("made_by") != made_by or facts.get("sha256") != sha256_of(path):
+        tensors = _encoded(
+            folder / "encoding", autoencoder, dataset, made_by, augmentation, device, precision, progress
+        )
+        latents = _with_statistics(tensors)
+        write_tensors(path, tensors)
+        write_json(
+            facts_path,
+            {
+                "made_by": made_by,
+                "sha256": sha256_of(path),
+                "people": len(dataset),
+                "std": latents.std,
+                "channel_mean": latents.channel_mean,
+                "channel_std": latents.channel_std,
+            },
+        )
+    shutil.rmtree(folder / "encoding", ignore_errors=True)
+    return _with_statistics(load_file(path))
+
+
+def _encoded(
+    folder: Path,
+    autoencoder: AnyAutoencoder,
+    dataset: VolumeDataset,
+    made_by: dict[str, Any],
+    augmentation: Augmentation,
+    device: torch.device,
+    precision: str,
+    progress: Progress,
+) -> dict[str, torch.Tensor]:
+    """Every image's latent, view by view. A part is kept in `folder` as soon as it is whole, under the digest of what
+    made it, and is not encoded again after an interruption."""
+    digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
+    images = [(view, index) for view in range(made_by["views"]) for index in range(len(dataset))]
+    parts = {
+        folder / f"{digest}-{start}.safetensors": images[start : start + PART_LENGTH]
+        for start in range(0, len(images), PART_LENGTH)
+    }
+    done = sum(len(part) for path, part in parts.items() if path.is_file())
+    progress.start("encoding latents", len(images), done)
+    for path, part in parts.items():
+        if path.is_file():
+            continue
+        rows = []
+        for view, index in part:
             change = Change()
             if view > 0:
-                change = draw_change(stream(seed, f"latent-view-{view}", index), augmentation)
+                change = draw_change(stream(made_by["seed"], f"latent-view-{view}", index), augmentation)
             image_XYZ = changed(dataset.image_XYZ(index), change)
             image = torch.from_numpy(np.ascontiguousarray(image_XYZ))[None, None].to(device)
             with torch.no_grad(), autocast(device, precision):
                 latent = autoencoder.encode(image.contiguous(memory_format=torch.channels_last_3d))
-            means.append(latent.mean_BCXYZ.float().cpu().contiguous())
-            log_variances.append(latent.log_variance_BCXYZ.float().cpu().contiguous())
-            factors.append(change.scale**3)
+            row = {
+                "mean": latent.mean_BCXYZ.float().cpu(),
+                "log_variance": latent.log_variance_BCXYZ.float().cpu(),
+                "ventricle_factor": torch.tensor([change.scale**3]),
+            }
+            rows.append(row)
             progress.advance()
-    tensors = {
-        "mean": torch.cat(means),
-        "log_variance": torch.cat(log_variances),
-        "ventricle_factor": torch.tensor(factors),
-    }
-    latents = _with_statistics(tensors)
-    write_tensors(path, tensors)
-    write_json(
-        facts_path,
-        {
-            "made_by": made_by,
-            "sha256": sha256_of(path),
-            "people": len(dataset),
-            "std": latents.std,
-            "channel_mean": latents.channel_mean,
-            "channel_std": latents.channel_std,
-        },
-    )
-    return latents
+        write_tensors(path, _joined(rows))
+    return _joined([load_file(path) for path in parts])
+
+
+def _joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
 
 
 def _with_statistics(tensors: dict[str, torch.Tensor]) -> Latents:
