@@ -19,7 +19,7 @@ def fast() -> Recipe:
     covariates equalised and told to every block, dropped one time in ten for guidance. No flips: people are not
     symmetric.
 
-    Cost: about 120 GFLOP a network call and 100 a decode, where the paper's take 1440 and 15,000; `brainldm generate
+    Cost: about 80 GFLOP a network call and 100 a decode, where the paper's take 1440 and 15,000; `brainldm generate
     --dry-run` tells the seconds on your machine. Untrained so far: nobody has shown its scores.
     """
     changes = Augmentation(affine_probability=0.1, shift_probability=0.1, gamma_probability=0.1)
@@ -44,9 +44,9 @@ def fast() -> Recipe:
             augmentation=changes,
         ),
         diffusion=DiffusionStageConfig(
-            channels=(80, 160, 320),
+            channels=(64, 128, 256),
             attention=(False, True, True),
-            head_channels=(0, 80, 80),
+            head_channels=(0, 64, 64),
             res_blocks=1,
             norm_groups=16,
             steps=300_000,
