@@ -18,9 +18,10 @@ from brainldm.cohort.dataset import PreparedCohort, VolumeDataset
 from brainldm.cohort.phantom import PhantomConfig, write_phantom_study
 from brainldm.evaluate.estimate import Estimate
 from brainldm.model.folder import read_description
-from brainldm.recipes import model_card, reconstruction
+from brainldm.recipes import card_figures, reconstruction
+from brainldm.recipes.card_figures import _without_sign, is_monotone
 from brainldm.recipes.card_text import card_text
-from brainldm.recipes.model_card import _without_sign, is_monotone, make_card
+from brainldm.recipes.model_card import make_card
 from brainldm.recipes.reconstruction import Painting, PhantomStudy, compared, painted, psnr_db
 from brainldm.train.predictor_run import train_predictor
 from test_table1 import Darkness
@@ -61,7 +62,7 @@ def test_the_card_holds_every_figure_and_is_gone_on_with(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(model_card, "NOISES", 2)
+    monkeypatch.setattr(card_figures, "NOISES", 2)
 
     def make() -> dict:
         return make_card(
