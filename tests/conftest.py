@@ -81,7 +81,7 @@ def write_tiny_cohort(folder: Path, people: int, grid: Grid = TINY_GRID) -> None
             "name": "tiny",
             "grid": grid.to_json(),
             "preprocessing": {"skull_stripped": True},
-            "config": {},
+            "config": {"holdout": 0.2, "seed": 0},
             "licence": "CC0-1.0",
         },
     )

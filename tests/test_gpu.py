@@ -17,6 +17,8 @@ from brainldm.model.folder import load_model
 from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.nets.autoencoder import Autoencoder, AutoencoderConfig
 from brainldm.nets.slabs import decode_in_slabs
+from brainldm.train.run import train
+from test_train import everything_on
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,6 +39,11 @@ def test_the_same_brains_as_on_a_cpu(tiny_run: Path) -> None:
     expected = brains(load_model(tiny_run))
     assert distance(brains(load_model(tiny_run, "cuda")), expected) < 2e-3  # convolutions in TF32
     assert distance(brains(load_model(tiny_run, "cuda", precision="bf16")), expected) < 0.03
+
+
+def test_a_training_on_population_latents_reaches_its_previews(tiny_cohort: Path, tmp_path: Path) -> None:
+    train(everything_on(), tiny_cohort, tmp_path / "run", device="cuda", steps=2)
+    assert list((tmp_path / "run" / "diffusion" / "previews").glob("*.png"))
 
 
 def test_a_compiled_unet_is_the_same_unet(tiny_run: Path) -> None:

@@ -71,7 +71,10 @@ def test_what_is_filled_is_missed_and_what_is_no_brain_is_counted(brain_XYZ: np.
         write_json(tmp_path / "kept.json", facts)
 
 
-def test_an_autoencoder_that_shows_no_brains_is_refused(brain_XYZ: np.ndarray, tmp_path: Path) -> None:
+def test_an_autoencoder_that_shows_no_brains_is_refused(
+    brain_XYZ: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("brainldm.train.kept_volumes.usable_cpus", lambda: 1)
     with pytest.raises(UsageError, match="2 of 2 decoded images"):
         kept_volumes(tmp_path, People(brain_XYZ, 2), lambda _: np.zeros_like(brain_XYZ), "key")
     assert not (tmp_path / "kept.json").exists()

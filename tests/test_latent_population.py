@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ def drawn(people: int = 200) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_the_line_is_found_and_the_rest_has_unit_variance() -> None:
     mean, condition, slopes = drawn()
-    found = LatentPopulation.fitted(mean, torch.zeros_like(mean), condition)
+    found = LatentPopulation.fitted(mean, torch.full_like(mean, -torch.inf), condition)
     torch.testing.assert_close(found.slopes_FCXYZ, slopes, atol=0.15, rtol=0)
     torch.testing.assert_close(found.mean_CXYZ, torch.full(SHAPE_CXYZ, 2.0), atol=0.15, rtol=0)
     left = found.standardised(mean, condition)
@@ -32,14 +34,14 @@ def test_the_line_is_found_and_the_rest_has_unit_variance() -> None:
 
 def test_the_encoder_s_own_variance_counts() -> None:
     mean, condition, _ = drawn()
-    found = LatentPopulation.fitted(mean, torch.full_like(mean, 0.3**2), condition)
+    found = LatentPopulation.fitted(mean, torch.full_like(mean, 2 * math.log(0.3)), condition)
     assert float(found.std_CXYZ.mean()) == pytest.approx((0.1**2 + 0.3**2) ** 0.5, rel=0.02)
 
 
 def test_a_covariate_that_is_the_same_in_everybody_gets_no_slope_of_its_own() -> None:
     mean, condition, _ = drawn()
     condition[:, 1] = 0.0
-    found = LatentPopulation.fitted(mean, torch.zeros_like(mean), condition)
+    found = LatentPopulation.fitted(mean, torch.full_like(mean, -torch.inf), condition)
     assert torch.isfinite(found.slopes_FCXYZ).all()
     assert float(found.slopes_FCXYZ[1].abs().max()) < 1e-6
 
@@ -47,11 +49,11 @@ def test_a_covariate_that_is_the_same_in_everybody_gets_no_slope_of_its_own() ->
 def test_air_is_not_blown_up() -> None:
     mean, condition, _ = drawn()
     mean[:, :, 0] = 1.0
-    found = LatentPopulation.fitted(mean, torch.zeros_like(mean), condition)
+    found = LatentPopulation.fitted(mean, torch.full_like(mean, -torch.inf), condition)
     assert float(found.standardised(mean, condition)[:, :, 0].abs().max()) < 1e-3
 
 
 def test_too_few_people_are_refused() -> None:
     mean, condition, _ = drawn(4)
     with pytest.raises(ValueError, match="4 people cannot carry a line"):
-        LatentPopulation.fitted(mean, torch.zeros_like(mean), condition)
+        LatentPopulation.fitted(mean, torch.full_like(mean, -torch.inf), condition)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -25,8 +26,8 @@ from brainldm.model.folder import load_latent_diffusion, load_model
 from brainldm.nets.atlas import AtlasAutoencoder, AtlasAutoencoderConfig
 from brainldm.train.checkpoint import Checkpoint, load_newest, save_checkpoint
 from brainldm.train.config import Augmentation, Recipe
-from brainldm.train.diffusion_stage import draw_timesteps
-from brainldm.train.loop import run_stage
+from brainldm.train.diffusion_stage import DiffusionStage, draw_timesteps
+from brainldm.train.loop import Terminated, run_stage
 from brainldm.train.run import train
 from conftest import tiny_recipe, write_tiny_cohort
 
@@ -290,3 +291,80 @@ def test_average_follows_the_weights(tiny_run: Path) -> None:
     name = "conv_in.conv.weight"
     assert torch.equal(tensors[f"average/{name}"], load_file(tiny_run / "model" / "unet.safetensors")[name])
     assert not torch.equal(tensors[f"average/{name}"], tensors[f"unet/{name}"])
+
+
+def test_a_second_stage_is_not_gone_on_with_after_the_autoencoder_changed(
+    tiny_run: Path, tiny_cohort: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    train(tiny_recipe(), tiny_cohort, run, stage="autoencoder", steps=7)
+    model = sha256_of(run / "model" / "model.json")
+    with pytest.raises(UsageError, match="diffusion in this folder was trained on other latents"):
+        train(tiny_recipe(), tiny_cohort, run, stage="diffusion", steps=7)
+    assert sha256_of(run / "model" / "model.json") == model
+    shutil.rmtree(run / "diffusion")
+    train(tiny_recipe(), tiny_cohort, run, stage="diffusion", steps=7)
+
+
+def test_a_second_stage_needs_the_last_checkpoint_of_the_first(
+    tiny_run: Path, tiny_cohort: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    facts = json.loads((run / "autoencoder" / "summary.json").read_text())
+    (run / "autoencoder" / "summary.json").write_text(json.dumps({**facts, "steps": 5}))
+    with pytest.raises(UsageError, match="stage 1 ended after 5 steps, and its newest checkpoint is of 6"):
+        train(tiny_recipe(), tiny_cohort, run, stage="diffusion")
+
+
+def test_held_out_people_are_looked_at_once(
+    tiny_run: Path, tiny_cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    summary = run / "autoencoder" / "summary.json"
+    before = json.loads(summary.read_text())["validation"]
+    monkeypatch.setattr("brainldm.train.autoencoder_stage.reconstruction_report", None)
+    train(tiny_recipe(), tiny_cohort, run)
+    assert json.loads(summary.read_text())["validation"] == before
+
+
+def test_sigterm_between_the_steps_ends_the_run_and_keeps_what_is_finished(
+    tiny_cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny_recipe(), tiny_cohort, tmp_path, stage="autoencoder")
+
+    class SignalledAtTheThird:
+        what, done = "", 0
+
+        def start(self, what: str, total: int, done: int = 0) -> None:
+            self.what, self.done = what, done
+
+        def advance(self, steps: int = 1, note: str = "") -> None:
+            self.done += steps
+            if self.what == "encoding latents" and self.done == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("brainldm.train.latents.PART_LENGTH", 2)
+    with pytest.raises(Terminated, match="what is finished is kept"):
+        train(tiny_recipe(), tiny_cohort, tmp_path, progress=SignalledAtTheThird())
+    assert len(list((tmp_path / "latents" / "encoding").iterdir())) == 1
+    train(tiny_recipe(), tiny_cohort, tmp_path)
+    assert (tmp_path / "model" / "model.json").is_file()
+
+
+def test_a_gradient_that_is_no_number_stops_before_it_is_saved(
+    tiny_run: Path, tiny_cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a loss that is one, and in a recipe that clips nothing."""
+    recipe = tiny_recipe()
+    unclipped = replace(recipe, diffusion=replace(recipe.diffusion, gradient_clip=None))
+    whole = DiffusionStage.step
+
+    def spoilt(self: DiffusionStage, step: int) -> dict[str, float]:
+        for parameter in self.unet.parameters():
+            parameter.register_hook(lambda gradient: gradient * torch.nan)
+        return whole(self, step)
+
+    monkeypatch.setattr(DiffusionStage, "step", spoilt)
+    with pytest.raises(BadInput, match="not a finite number at step 1"):
+        train(unclipped, tiny_cohort, tmp_path, start_from=tiny_run, stage="diffusion")
+    assert not list(tmp_path.rglob("step-*.safetensors"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -139,18 +140,28 @@ def test_one_then_two_with_shards_then_one(alone: Path, tiny_cohort: Path, tmp_p
         assert {name: tensor.shape for name, tensor in ours.items()} == {n: t.shape for n, t in wanted.items()}
 
 
-def test_a_killed_process_ends_them_all(tiny_cohort: Path, tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_other_which_says_so(tiny_cohort: Path, tmp_path: Path) -> None:
+    """Started without torchrun, which would end the other before it notices."""
+    script = tmp_path / "run.py"
     fault = AT_THE_THIRD_STEP_OF_RANK_1.format(what="os.kill(os.getpid(), signal.SIGKILL)")
-    process = start_two(tmp_path / "run", tiny_cohort, "--steps", "100000", fault=fault)
-    log = tmp_path / "run" / "autoencoder" / "timing.jsonl"
-    deadline = time.monotonic() + 200
-    while not log.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
-    begun = time.monotonic()
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode != 0
-    assert time.monotonic() - begun < 60
-    assert "another process of this training has ended" in output or "Signal 9" in output, output[-3000:]
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), fault=fault))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = [sys.executable, str(script), "train", "even", "--data", str(tiny_cohort), "--out", str(tmp_path / "run")]
+    leader, killed = (
+        subprocess.Popen(
+            [*command, "--steps", "100000"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | meeting | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in ("0", "1")
+    )
+    assert killed.wait(timeout=240) == -signal.SIGKILL
+    _, told = leader.communicate(timeout=60)
+    assert leader.returncode == 5 and "another process of this training has ended" in told, told[-3000:]
+    killed.communicate()
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_both_and_the_batch_is_kept(

@@ -72,6 +72,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     atlas = replace(recipe.autoencoder, net=AtlasAutoencoderConfig(grid_XYZ=(16, 24, 16)))
     with pytest.raises(UsageError, match="AutoencoderConfig there, AtlasAutoencoderConfig in the recipe"):
         train(replace(recipe, autoencoder=atlas), tiny_cohort, out, start_from=tiny_run)
+    flow = replace(recipe, diffusion=replace(recipe.diffusion, target="flow"))
+    with pytest.raises(UsageError, match="learnt with target eps, recipe 'tiny' has flow"):
+        train(flow, tiny_cohort, out, start_from=tiny_run)
     grid = load_latent_diffusion(tiny_run).grid
     write_tiny_cohort(tmp_path / "longer", people=12, grid=Grid("longer", (16, 32, 16), grid.voxel_mm, grid.origin_mm))
     with pytest.raises(UsageError, match=r"have \(16, 24, 16\) voxels"):

@@ -43,7 +43,8 @@ class PreparedRow:
 
 @dataclass(frozen=True)
 class PreparedCohort:
-    """A folder that `brainldm prepare` finished. `preprocessing` is what a model must record of how it was made."""
+    """A folder that `brainldm prepare` finished. `preprocessing` is what a model must record of how it was made,
+    `split_by` the share and the seed by which people were held out."""
 
     folder: Path
     name: str
@@ -51,6 +52,7 @@ class PreparedCohort:
     preprocessing: Mapping[str, Any]
     licence: str
     people: tuple[PreparedRow, ...]
+    split_by: Mapping[str, Any]
 
     @classmethod
     def open(cls, folder: str | Path) -> PreparedCohort:
@@ -85,6 +87,7 @@ class PreparedCohort:
             facts["preprocessing"],
             str(facts.get("licence", "")),
             tuple(people),
+            {name: facts["config"][name] for name in ("holdout", "seed") if name in facts["config"]},
         )
 
     def rows(self, split: Split | None = None) -> tuple[PreparedRow, ...]:

@@ -16,10 +16,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from brainldm.base.errors import BadInput
-from brainldm.base.files import atomic_path, read_json, sha256_of, write_json
+from brainldm.base.files import read_json, sha256_of, write_bytes, write_json
 from brainldm.base.volume import Grid, Volume
 from brainldm.cohort.dataset import grid_from_json
 from brainldm.cohort.normalise import to_unit
@@ -91,8 +91,8 @@ def _network(path: Path, sha256: str, config: ColeConfig) -> ColeNet:
 
 def write_predictor(folder: Path, predictor: Predictor, network: ColeNet) -> Predictor:
     """Writes the folder, weights first, and returns the predictor as it can be read from there."""
-    with atomic_path(folder / _WEIGHTS) as part:
-        save_file({name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}, part)
+    weights = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
+    write_bytes(folder / _WEIGHTS, save(weights))
     sha256 = sha256_of(folder / _WEIGHTS)
     content = {
         "kind": KIND,

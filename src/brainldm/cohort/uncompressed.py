@@ -30,6 +30,7 @@ from brainldm.base.progress import Progress
 
 FORMAT = 1
 _WAIT_SECONDS = 1.0
+_LEFT_FREE = 0.1  # of what is free now: checkpoints and latents often lie on the same disk
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,18 @@ def write_uncompressed(
     """The images of `split` in `folder`: those that are there, or written now, one after the other, by `read(index)`.
 
     `sources` are the SHA-256 of the images' own files; `read` proves them and gives int16 (X, Y, Z).
-    EnvironmentProblem where the disk has no room for all, before the first is written.
+    EnvironmentProblem where the disk has no room for all, before the first is written; where it becomes full later,
+    what was written is given back.
     """
     made = _Made(make_folder(folder), split, cohort_digest, shape_XYZ, sources)
     if not made.is_whole():
         with _alone(folder):
-            made.write(read, progress)
+            try:
+                made.write(read, progress)
+            except EnvironmentProblem as error:
+                if error.reason == "disk_full":
+                    made.path.unlink(missing_ok=True)
+                raise
     return made.open()
 
 
@@ -163,10 +170,10 @@ class _Made:
     def _check_room(self, done: int) -> None:
         wanted = (len(self.sources) - done) * self.image_bytes
         free = shutil.disk_usage(self.folder).free
-        if wanted > free:
+        if wanted + _LEFT_FREE * free > free:
             raise EnvironmentProblem(
                 f"{len(self.sources)} uncompressed images take {wanted / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are "
-                "free.",
+                f"free, of which a {1 / _LEFT_FREE:.0f}th is left for checkpoints.",
                 remedy="Give --cache a folder on a disk with room.",
                 path=self.folder,
                 reason="disk_full",

@@ -35,10 +35,10 @@ class LatentPopulation:
 
     @classmethod
     def fitted(
-        cls, mean_NCXYZ: torch.Tensor, variance_NCXYZ: torch.Tensor, condition_NF: torch.Tensor
+        cls, mean_NCXYZ: torch.Tensor, log_variance_NCXYZ: torch.Tensor, condition_NF: torch.Tensor
     ) -> LatentPopulation:
         """Least squares over people, in float64; the variance is that of the means about the line plus the encoder's
-        own. More people than covariates + 1 are needed."""
+        own, whose logarithm is given. More people than covariates + 1 are needed."""
         people, shape = len(mean_NCXYZ), mean_NCXYZ.shape[1:]
         if people <= condition_NF.shape[1] + 1:
             raise ValueError(f"{people} people cannot carry a line for each of {condition_NF.shape[1]} covariates")
@@ -47,12 +47,12 @@ class LatentPopulation:
         solve_GN = torch.linalg.pinv(design_NG)
         lines, variances = [], []
         for values, own in zip(
-            mean_NCXYZ.flatten(1).split(_VOXELS_AT_ONCE, 1), variance_NCXYZ.flatten(1).split(_VOXELS_AT_ONCE, 1)
+            mean_NCXYZ.flatten(1).split(_VOXELS_AT_ONCE, 1), log_variance_NCXYZ.flatten(1).split(_VOXELS_AT_ONCE, 1)
         ):
             values_NV = values.double()
             lines.append(solve_GN @ values_NV)
             left_NV = values_NV - design_NG @ lines[-1]
-            variances.append(left_NV.square().sum(0) / (people - design_NG.shape[1]) + own.double().mean(0))
+            variances.append(left_NV.square().sum(0) / (people - design_NG.shape[1]) + own.double().exp().mean(0))
         lines_GV, std_V = torch.cat(lines, 1), torch.cat(variances).sqrt()
         std_V = std_V.clamp(min=_LEAST_STD * float(std_V.mean()))
         return cls(

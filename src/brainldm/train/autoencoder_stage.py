@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import stream
 from brainldm.cohort.dataset import VolumeDataset
 from brainldm.model.precision import autocast
@@ -81,7 +82,8 @@ class AutoencoderStage:
         elif config.initial_log_variance:
             self.autoencoder.set_log_variance(config.initial_log_variance)
         self.autoencoder.to(device=device, memory_format=layout)  # type: ignore[call-overload]
-        if sharded:  # its parts, because it is not called as a whole; the discriminator is small
+        # Its parts, because it is not called as a whole. Those of atlases are small, and so is the discriminator.
+        if sharded and not isinstance(self.autoencoder, AtlasAutoencoder):
             shard(self.autoencoder.children(), (ResidualBlock,), device)
         trained = [p for p in self.autoencoder.parameters() if p.requires_grad]
         self.optimiser = torch.optim.Adam(trained, lr=config.learning_rate, fused=True)
@@ -141,7 +143,7 @@ class AutoencoderStage:
 
         # Discriminator
         if adversarial:
-            figures["discriminator"] = self._train_discriminator(image, reconstruction.detach())
+            figures |= self._train_discriminator(image, reconstruction.detach())
         return {"loss": loss.item(), **{name: value.item() for name, value in figures.items()}}
 
     def _encoded(self, image: torch.Tensor, step: int) -> LatentDistribution:
@@ -153,7 +155,7 @@ class AutoencoderStage:
         passes = int(stream(self.seed, "autoencoder-passes", step).integers(1, most + 1))
         return self.autoencoder.encode(image, passes)
 
-    def _train_discriminator(self, image: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
+    def _train_discriminator(self, image: torch.Tensor, reconstruction: torch.Tensor) -> dict[str, torch.Tensor]:
         assert self.discriminator is not None
         self.discriminator.requires_grad_(True)
         self.discriminator_optimiser.zero_grad(set_to_none=True)
@@ -163,9 +165,9 @@ class AutoencoderStage:
         loss = discriminator_loss(judged_real.float(), judged_fake.float())
         (self.config.adversarial_weight * loss).backward()
         self.place.average_gradients(self.discriminator)
-        clip_gradients(self.discriminator, self.config.gradient_clip)
+        norm = clip_gradients(self.discriminator, self.config.gradient_clip)
         self.discriminator_optimiser.step()
-        return loss.detach()
+        return {"discriminator": loss.detach(), "discriminator_gradient_norm": norm}
 
     def _set_learning_rates(self, step: int) -> None:
         config = self.config
@@ -232,13 +234,23 @@ class AutoencoderStage:
         if self.place.leads:
             save_rows(path, rows)
 
-    def validate(self, folder: Path | None = None) -> dict[str, Any]:
+    def validate(
+        self,
+        folder: Path | None = None,
+        progress: Progress = Quiet(),  # noqa: B008  # stateless
+    ) -> dict[str, Any]:
         """What is lost of held-out people: the means of a reconstruction report, written into `folder` if given."""
         if not len(self.validation):
             return {"people": 0}
         images = self.validation.image_XYZ
         report = reconstruction_report(
-            self.autoencoder, images, images, self.validation.names, self.seed, precision=self.precision
+            self.autoencoder,
+            images,
+            images,
+            self.validation.names,
+            self.seed,
+            precision=self.precision,
+            progress=progress,
         )
         if folder is not None:
             report.write(folder)

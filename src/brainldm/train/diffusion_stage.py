@@ -7,6 +7,7 @@ z is the latent x scale (the paper), or what the population's mean leaves of it 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -115,6 +116,7 @@ class DiffusionStage:
         self.optimiser = torch.optim.Adam(self.unet.parameters(), lr=config.learning_rate, fused=True)
         self.average = None if config.ema_decay is None else MovingAverage(self.unet, config.ema_decay)
         self.sample_preview: LatentDiffusion | None = None
+        self.facts: dict[str, str] = {}  # what the latents are of
 
     # ---- one step -----------------------------------------------------------------------------------------------
 
@@ -133,9 +135,9 @@ class DiffusionStage:
         loss = F.mse_loss(output.float(), batch.target_BCXYZ[share].to(self.device))
         loss.backward()
         self.place.average_gradients(self.unet)
-        figures = {"loss": loss.item()}
-        if config.gradient_clip is not None:
-            figures["gradient_norm"] = clip_gradients(self.unet, config.gradient_clip).item()
+        # Where nothing is clipped the norm is looked at all the same: weights that are no numbers must not be saved.
+        norm = clip_gradients(self.unet, math.inf if config.gradient_clip is None else config.gradient_clip)
+        figures = {"loss": loss.item(), "gradient_norm": norm.item()}
         self.optimiser.step()
         if self.average is not None:
             self.average.update(self.unet, step)

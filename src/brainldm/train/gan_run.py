@@ -80,6 +80,7 @@ def train_gan(
             "baseline": config.kind,
             "seed": seed,
             "cohort": cohort.name,
+            "split_by": dict(cohort.split_by),
             "training_images": len(people),
             config.kind: summary,
             "precision": chosen,

@@ -24,6 +24,7 @@ from brainldm.train.checkpoint import module_tensors, optimiser_tensors, restore
 from brainldm.train.config import GanStageConfig
 from brainldm.train.feeding import Feed
 from brainldm.train.pictures import save_rows
+from brainldm.train.sharding import clip_gradients
 
 
 class GanStage:
@@ -78,7 +79,7 @@ class GanStage:
                 made.append(self.generator(own, condition))
 
         # Discriminator
-        figures["discriminator"] = self._train_discriminator(image, [one.detach() for one in made], condition)
+        figures |= self._train_discriminator(image, [one.detach() for one in made], condition)
 
         # Generator and encoder
         self.discriminator.requires_grad_(False)
@@ -93,30 +94,32 @@ class GanStage:
             total = total + self.config.reconstruction_weight * figures["reconstruction"]
             # The encoder has no part in the game.
             of_encoder = figures["reconstruction"] + self.config.kl_weight * figures["kl"]
-            self._descend({"generator": total, "encoder": of_encoder})
+            figures |= self._descend({"generator": total, "encoder": of_encoder})
         else:
-            self._descend({"generator": total})
+            figures |= self._descend({"generator": total})
         self.discriminator.requires_grad_(True)
         return {"loss": total.item(), **{name: value.item() for name, value in figures.items()}}
 
     def _train_discriminator(
         self, image: torch.Tensor, made: list[torch.Tensor], condition: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> dict[str, torch.Tensor]:
         with autocast(self.device, self.precision):
             real = self.discriminator(image, condition)[0].float()
             fake = [self.discriminator(one, condition)[0].float() for one in made]
         loss = 0.5 * (real - 1).square().mean() + 0.5 * torch.stack([one.square().mean() for one in fake]).mean()
-        self._descend({"discriminator": loss})
-        return loss.detach()
+        return {"discriminator": loss.detach(), **self._descend({"discriminator": loss})}
 
-    def _descend(self, losses: dict[str, torch.Tensor]) -> None:
-        """One step of each network named, down its own loss; all gradients are taken before anything moves."""
+    def _descend(self, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """One step of each network named, down its own loss; all gradients are taken before anything moves. The norms
+        that they had, for the log."""
         for number, (name, loss) in enumerate(losses.items(), start=1):
             self.optimisers[name].zero_grad(set_to_none=True)
             loss.backward(inputs=list(self.networks[name].parameters()), retain_graph=number < len(losses))
+        norms = {}
         for name in losses:
-            torch.nn.utils.clip_grad_norm_(self.networks[name].parameters(), self.config.gradient_clip)
+            norms[f"{name}_gradient_norm"] = clip_gradients(self.networks[name], self.config.gradient_clip)
             self.optimisers[name].step()
+        return norms
 
     def _noise(self, step: int, purpose: str, count: int) -> torch.Tensor:
         drawn = stream(self.seed, purpose, step).standard_normal((count, self.net.noise_features), np.float32)

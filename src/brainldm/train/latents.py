@@ -76,21 +76,19 @@ def encode_cohort(
         tensors = _encoded(
             folder / "encoding", autoencoder, dataset, made_by, augmentation, device, precision, progress
         )
-        latents = _with_statistics(tensors)
         write_tensors(path, tensors)
-        write_json(
-            facts_path,
-            {
-                "made_by": made_by,
-                "sha256": sha256_of(path),
-                "people": len(dataset),
-                "std": latents.std,
-                "channel_mean": latents.channel_mean,
-                "channel_std": latents.channel_std,
-            },
-        )
+        facts = {"made_by": made_by, "sha256": sha256_of(path), "people": len(dataset), **_statistics(tensors)}
+        write_json(facts_path, facts)
     shutil.rmtree(folder / "encoding", ignore_errors=True)
-    return _with_statistics(load_file(path))
+    tensors = load_file(path)  # mapped, so that only what a step needs is read
+    return Latents(
+        tensors["mean"],
+        tensors["log_variance"],
+        tensors["ventricle_factor"],
+        tuple(facts["channel_mean"]),
+        tuple(facts["channel_std"]),
+        facts["std"],
+    )
 
 
 def _encoded(
@@ -140,18 +138,19 @@ def _joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
 
 
-def _with_statistics(tensors: dict[str, torch.Tensor]) -> Latents:
+def _statistics(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Means and standard deviations of the drawn latents, by channel and of all, in float64, a part at a time."""
     mean, log_variance = tensors["mean"], tensors["log_variance"]
-    axes = (0, 2, 3, 4)
-    channel_mean = mean.double().mean(axes)
+    axes, count = (0, 2, 3, 4), mean[:, 0].numel()
+    parts = list(zip(mean.split(PART_LENGTH), log_variance.split(PART_LENGTH)))
+    channel_mean = torch.stack([part.double().sum(axes) for part, _ in parts]).sum(0) / count
     # Variance of z = variance of the means + mean of the variances.
-    channel_variance = mean.double().var(axes, unbiased=False) + log_variance.double().exp().mean(axes)
+    squares = [(part.double() - channel_mean[:, None, None, None]).square().sum(axes) for part, _ in parts]
+    own = [part.double().exp().sum(axes) for _, part in parts]
+    channel_variance = torch.stack(squares).sum(0) / count + torch.stack(own).sum(0) / count
     pooled = channel_variance.mean() + channel_mean.var(unbiased=False)
-    return Latents(
-        mean,
-        log_variance,
-        tensors["ventricle_factor"],
-        tuple(channel_mean.tolist()),
-        tuple(channel_variance.sqrt().tolist()),
-        float(pooled.sqrt()),
-    )
+    return {
+        "std": float(pooled.sqrt()),
+        "channel_mean": channel_mean.tolist(),
+        "channel_std": channel_variance.sqrt().tolist(),
+    }

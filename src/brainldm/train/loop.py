@@ -15,12 +15,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from brainldm.base.errors import BadInput, BrainldmError
+from brainldm.base.errors import BadInput, BrainldmError, UsageError
 from brainldm.base.files import make_folder, write_json, write_text, writing
 from brainldm.base.progress import Progress, Quiet
 from brainldm.model.tensors import write_tensors
@@ -71,6 +72,13 @@ class ShowsBatch(Protocol):
         """The whole batch of that step, of all processes, made again: images or latents as they went in."""
 
 
+@runtime_checkable
+class MadeFor(Protocol):
+    """A stage whose weights are worth nothing on anything but what `facts` identify."""
+
+    facts: dict[str, str]
+
+
 class Terminated(BrainldmError):
     """SIGTERM or SIGUSR1 came; the state was saved."""
 
@@ -95,13 +103,14 @@ def run_stage(
     EnvironmentProblem when the disk is full or, with several processes (`place`), when another one ends.
     """
     checkpoints = folder / "checkpoints"
-    found = load_newest(checkpoints, warn=lambda text: print(f"warning: {text}", file=sys.stderr))  # noqa: T201
+    found = load_newest(checkpoints, warn=warn_of_checkpoints)
     place.check_same(None if found is None else found.step, "newest checkpoints")
     done, seconds_before = 0, 0.0
     if found is None:
         if isinstance(stage, Begins):
             stage.begin()
     else:
+        _check_facts(stage, found, folder)
         stage.restore(found.tensors)
         done, seconds_before = found.step, found.seconds
         if place.leads:
@@ -113,7 +122,7 @@ def run_stage(
 
     begun = saved_at = time.monotonic()
     first_save = found is None
-    with _asked_to_end() as asked:
+    with asked_to_end() as asked:
         while done < stage.steps:
             elapsed = seconds_before + time.monotonic() - begun
             if minutes is not None and any(place.anywhere(elapsed >= minutes * 60)):
@@ -132,14 +141,15 @@ def run_stage(
             due, ends = place.anywhere(due, bool(asked))
             if due or ends:
                 _save(stage, checkpoints, done, seconds_before + time.monotonic() - begun, log, place)
-                saved_at, first_save = time.monotonic(), False
-                stage.preview(folder / "previews" / f"step-{done:08d}.png")
             if ends:
                 raise Terminated(
                     f"asked to end after step {done} of {stage.steps}; the state is saved.",
                     remedy="Run the same command again to go on.",
                     path=folder,
                 )
+            if due:
+                stage.preview(folder / "previews" / f"step-{done:08d}.png")
+                saved_at, first_save = time.monotonic(), False  # after the preview, which takes its time too
     seconds = seconds_before + time.monotonic() - begun
     if found is None or done > found.step:
         _save(stage, checkpoints, done, seconds, log, place)
@@ -163,8 +173,28 @@ def _save(stage: Stage, checkpoints: Path, step: int, seconds: float, log: _Log,
     tensors = stage.tensors()
     if place.leads:
         log.flush(durably=True)  # before the checkpoint that promises those steps
-        save_checkpoint(checkpoints, Checkpoint(step, seconds, tensors, {"stage": stage.name}))
+        save_checkpoint(checkpoints, Checkpoint(step, seconds, tensors, {"stage": stage.name, **_facts(stage)}))
     place.wait()
+
+
+def warn_of_checkpoints(text: str) -> None:
+    """Says on stderr that a checkpoint is damaged."""
+    print(f"warning: {text}", file=sys.stderr)  # noqa: T201
+
+
+def _facts(stage: Stage) -> dict[str, str]:
+    return stage.facts if isinstance(stage, MadeFor) else {}
+
+
+def _check_facts(stage: Stage, found: Checkpoint, folder: Path) -> None:
+    """UsageError where the checkpoint is of a training on something else."""
+    for name, value in _facts(stage).items():
+        if found.facts.get(name, value) != value:
+            raise UsageError(
+                f"the {stage.name} in this folder was trained on other {name}: what makes them has changed since.",
+                remedy="Delete the folder to train this stage anew, or use another --out.",
+                path=folder,
+            )
 
 
 def _check_finite(figures: dict[str, float], step: int, stage: Stage, folder: Path, place: Place) -> None:
@@ -189,7 +219,7 @@ def _check_finite(figures: dict[str, float], step: int, stage: Stage, folder: Pa
 
 
 @contextmanager
-def _asked_to_end() -> Iterator[list[int]]:
+def asked_to_end() -> Iterator[list[int]]:
     """A list that is empty until SIGTERM or SIGUSR1 comes (a scheduler's way to say: end soon)."""
     asked: list[int] = []
     try:
@@ -205,6 +235,27 @@ def _asked_to_end() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class EndsBetween:
+    """Shows `progress` for work whose finished pieces are kept, and ends it after one of them when that was asked."""
+
+    progress: Progress
+    asked: list[int]
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        self.check()
+        self.progress.start(what, total, done)
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.progress.advance(steps, note)
+        self.check()
+
+    def check(self) -> None:
+        """Terminated where it was asked to end."""
+        if self.asked:
+            raise Terminated("asked to end; what is finished is kept.", remedy="Run the same command again to go on.")
 
 
 class _Log:

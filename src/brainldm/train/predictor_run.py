@@ -79,6 +79,7 @@ def train_predictor(
             stage.scale,
             {
                 "cohort": cohort.name,
+                "split_by": dict(cohort.split_by),
                 "training_images": len(people),
                 "steps": summary["steps"],
                 "seed": seed,

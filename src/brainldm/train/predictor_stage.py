@@ -22,6 +22,9 @@ from brainldm.train.batches import BatchOrder
 from brainldm.train.checkpoint import module_tensors, optimiser_tensors, restore_module, restore_optimiser
 from brainldm.train.config import PredictorConfig
 from brainldm.train.loop import learning_rate_factor
+from brainldm.train.sharding import clip_gradients
+
+_PREVIEWED = 100  # people: a preview must not take longer than the training between two of them
 
 
 class PredictorStage:
@@ -72,9 +75,9 @@ class PredictorStage:
             found = self.network(self._shifted(members, step)).float()
         loss = self._loss(found, wanted.to(self.device))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.gradient_clip)
+        norm = clip_gradients(self.network, self.config.gradient_clip)
         self.optimiser.step()
-        return {"loss": loss.item()}
+        return {"loss": loss.item(), "gradient_norm": norm.item()}
 
     def _loss(self, found_B: torch.Tensor, wanted_B: torch.Tensor) -> torch.Tensor:
         if self.target == "sex":
@@ -97,11 +100,11 @@ class PredictorStage:
         return tensor.to(self.device).contiguous(memory_format=torch.channels_last_3d)
 
     @torch.no_grad()
-    def predictions(self, people: VolumeDataset) -> np.ndarray:
-        """Years, or the probability of being male, one a person."""
+    def predictions(self, people: VolumeDataset, most: int | None = None) -> np.ndarray:
+        """Years, or the probability of being male, one a person; of at most so many people."""
         self.network.eval()
         numbers = []
-        for index in range(len(people)):
+        for index in range(len(people))[:most]:
             numbers.append(self.network(self._tensor(people.image_XYZ(index)[None])).item())
         found = self.offset + self.scale * np.array(numbers)
         return found if self.target == "age_years" else 1 / (1 + np.exp(-np.clip(found, -60, 60)))
@@ -128,7 +131,7 @@ class PredictorStage:
         people = self.validation if len(self.validation) else self.train
         figure = Figure(figsize=(4, 4), layout="constrained")
         axes = figure.subplots()
-        axes.scatter(self._labels(people), self.predictions(people), s=12)
+        axes.scatter(self._labels(people)[:_PREVIEWED], self.predictions(people, _PREVIEWED), s=12)
         axes.set(xlabel=f"{self.target}, known", ylabel="predicted")
         with atomic_path(path) as part:
             figure.savefig(part, dpi=100, format="png")

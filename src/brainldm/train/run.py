@@ -42,7 +42,7 @@ from brainldm.train.diffusion_stage import DiffusionStage
 from brainldm.train.distributed import ALONE, Place, check_divides, together
 from brainldm.train.kept_volumes import kept_volumes
 from brainldm.train.latents import Latents, encode_cohort
-from brainldm.train.loop import run_stage
+from brainldm.train.loop import EndsBetween, asked_to_end, run_stage, warn_of_checkpoints
 from brainldm.train.perceptual import PerceptualChoice
 from brainldm.train.record import record_run
 from brainldm.train.start_model import start_model
@@ -93,8 +93,13 @@ def train(
     where = choose_device(device)
     if tensorboard:
         check_tensorboard()
-    with together(where) as place, locked_folder(out) if place.leads else contextlib.nullcontext():
-        run = _Run(recipe, cohort, out, where, precision, progress if place.leads else Quiet(), place, shard)
+    with (
+        asked_to_end() as asked,
+        together(where) as place,
+        locked_folder(out) if place.leads else contextlib.nullcontext(),
+    ):
+        shown = EndsBetween(progress if place.leads else Quiet(), asked)
+        run = _Run(recipe, cohort, out, where, precision, shown, place, shard)
         run.cache, run.tensorboard = cache, tensorboard
         if start_from is not None:
             run.start = start_model(start_from, recipe, cohort.grid)
@@ -136,7 +141,7 @@ class _Run:
         out: Path,
         device: torch.device,
         precision: str,
-        progress: Progress,
+        progress: EndsBetween,
         place: Place,
         shard: bool,
     ) -> None:
@@ -217,11 +222,20 @@ class _Run:
 
     def train_autoencoder(self, minutes: float | None) -> dict[str, Any]:
         self._feed_from_disk()
+        path = self.out / "autoencoder" / "summary.json"
+        before = read_json(path) if path.is_file() else {}
+        self.place.wait()
         stage = self._autoencoder_stage(self.recipe.autoencoder, self.place, sharded=self.shard)
         summary = self._run(stage, minutes)
-        summary["validation"] = stage.validate(self.out / "autoencoder" if self.place.leads else None)
+        if "validation" in before and before["steps"] == summary["steps"]:
+            summary["validation"] = before["validation"]
+        else:
+            folder = path.parent if self.place.leads else None
+            # Of shards all must take part; whole weights the leader looks at alone, and the others wait.
+            found = stage.validate(folder, self.progress) if self.shard or self.place.leads else {}
+            summary["validation"] = self.place.from_leader(found)
         if self.place.leads:
-            write_json(self.out / "autoencoder" / "summary.json", summary)
+            write_json(path, summary)
         self.place.wait()
         return summary
 
@@ -254,13 +268,14 @@ class _Run:
         )
 
     def _run(self, stage: AutoencoderStage | DiffusionStage, minutes: float | None) -> dict[str, Any]:
+        self.progress.check()
         return run_stage(
             stage,
             self.out / stage.name,
             minutes=minutes,
             checkpoint_minutes=self.recipe.checkpoint_minutes,
             tensorboard=self.tensorboard,
-            progress=self.progress,
+            progress=self.progress.progress,  # the loop itself ends with its state saved
             place=self.place,
         )
 
@@ -278,10 +293,17 @@ class _Run:
             )
         # Its perceptual distance is left out: it is not trained.
         stage = self._autoencoder_stage(replace(self.recipe.autoencoder, perceptual_weight=0.0), ALONE, sharded=False)
-        checkpoint = load_newest(self.out / "autoencoder" / "checkpoints", warn=lambda _: None)
-        assert checkpoint is not None, "a stage with a summary has a checkpoint"
+        checkpoint = load_newest(self.out / "autoencoder" / "checkpoints", warn=warn_of_checkpoints)
+        summary = read_json(summary_path)
+        if checkpoint is None or checkpoint.step != summary["steps"]:
+            raise UsageError(
+                f"stage 1 ended after {summary['steps']} steps, and its newest checkpoint is of "
+                f"{'none' if checkpoint is None else checkpoint.step}: it went on and did not end, or lost its last.",
+                remedy="Train with --stage autoencoder (or all) to its end first.",
+                path=self.out,
+            )
         stage.restore(checkpoint.tensors)
-        return stage.autoencoder.eval(), read_json(summary_path)
+        return stage.autoencoder.eval(), summary
 
     # ---- stage 2 ------------------------------------------------------------------------------------------------
 
@@ -309,7 +331,7 @@ class _Run:
         population = None
         if config.latent_population:
             population = LatentPopulation.fitted(
-                latents.mean_NCXYZ, latents.log_variance_NCXYZ.exp(), torch.from_numpy(condition_NF)
+                latents.mean_NCXYZ, latents.log_variance_NCXYZ, torch.from_numpy(condition_NF)
             )
         stage = DiffusionStage(
             config,
@@ -325,9 +347,10 @@ class _Run:
             sharded=self.shard,
             start=None if self.start is None else self.start.unet,
         )
-        stage.sample_preview = LatentDiffusion(
-            self._description(latents, scale, {}), autoencoder, stage.unet, population=population
-        )
+        stage.facts = {"latents": key}
+        here = None if population is None else LatentPopulation.from_tensors(population.tensors(), self.device)
+        description = self._description(latents, scale, {})
+        stage.sample_preview = LatentDiffusion(description, autoencoder, stage.unet, population=here)
         summary = self._run(stage, minutes)
         unet = stage.trained_unet()
         if not self.place.leads:
@@ -336,6 +359,7 @@ class _Run:
             "recipe": self.recipe.name,
             "seed": self.recipe.seed,
             "cohort": self.cohort.name,
+            "split_by": dict(self.cohort.split_by),
             "training_images": len(self.train),
             "validation_images": len(self.validation),
             "perceptual": self.recipe.autoencoder.perceptual

@@ -19,7 +19,7 @@ from brainldm.train.diffusion_stage import unet_config
 
 def start_model(folder: Path, recipe: Recipe, grid: Grid) -> LatentDiffusion:
     """The model in `folder`, float32, on the CPU. BadInput for a folder that holds none; UsageError where its networks
-    are not those of `recipe`, or its images not on `grid`."""
+    are not those of `recipe` or mean something else, or its images are not on `grid`."""
     model = load_latent_diffusion(folder)
     theirs = model.description
     net = recipe.autoencoder.net
@@ -30,6 +30,20 @@ def start_model(folder: Path, recipe: Recipe, grid: Grid) -> LatentDiffusion:
             raise UsageError(
                 f"the {name} of {theirs.name!r} is not that of recipe {recipe.name!r}: "
                 f"{_differences(config, of_model[name])}.",
+                remedy=_remedy(theirs, recipe),
+                path=folder,
+            )
+    diffusion = recipe.diffusion
+    means = {
+        "target": (theirs.target, diffusion.target),
+        "schedule": (theirs.schedule.kind, diffusion.schedule),
+        "latent_population": (theirs.latent.by_population, diffusion.latent_population),
+    }
+    for name, (there, here) in means.items():
+        if there != here:
+            raise UsageError(
+                f"the U-Net of {theirs.name!r} learnt with {name} {there}, recipe {recipe.name!r} has {here}: its "
+                "answers would be read as something else.",
                 remedy=_remedy(theirs, recipe),
                 path=folder,
             )
