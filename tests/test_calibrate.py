@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from brainldm.base.covariates import Covariates
-from brainldm.base.errors import BadInput, UsageError
+from brainldm.base.errors import BadInput, EnvironmentProblem, UsageError
 from brainldm.base.files import read_json
 from brainldm.base.nifti import read_nifti
 from brainldm.base.streams import stream
@@ -140,8 +140,21 @@ def test_a_calibrated_model_is_told_what_makes_it_show_what_is_asked(
     assert read_description(tiny_run).covariates.response is None
 
 
+class NotHere:
+    name = "not here"
+
+    def __call__(self, image: Volume) -> Measured:
+        raise EnvironmentProblem("the instrument is not installed here.", remedy="Install it.")
+
+
 def test_what_cannot_be_calibrated_is_refused(tiny_run: Path, brains: tuple[Path, Lookup]) -> None:
     out, instrument = brains
+    before = (tiny_run / "model" / "model.json").read_bytes()
+    with pytest.raises(UsageError, match="this is the model itself"):
+        calibrate(tiny_run, tiny_run, n=40, instrument=instrument)
+    assert (tiny_run / "model" / "model.json").read_bytes() == before
+    with pytest.raises(EnvironmentProblem, match="not installed here"):
+        calibrate(tiny_run, out, n=40, instrument=NotHere())
     with pytest.raises(UsageError, match="12 brains are too few"):
         calibrate(tiny_run, out, n=12, instrument=instrument)
     brain = 1.4e6

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from brainldm import cli
+
 COMMAND = [sys.executable, "-c", "from brainldm.cli import main; main()"]
 
 
@@ -62,6 +64,26 @@ def test_what_goes_wrong_is_said_and_has_its_code(arguments: list[str], code: in
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in run("info", tmp_path / "nowhere", "--debug").stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_too_little_memory_is_no_bug(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def app(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", app)
+    assert cli._run([], debug=False) == 5
+    told = capsys.readouterr().err
+    assert "the memory does not suffice" in told and "--max-memory" in told and "bug" not in told
 
 
 def test_generate_and_describe(tiny_run: Path, tmp_path: Path) -> None:

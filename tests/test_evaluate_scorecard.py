@@ -339,6 +339,8 @@ def test_learning_curves_are_thinned(folders: tuple[Path, Path], tmp_path: Path)
     curve = read_json(tmp_path / "out" / "learning_curves.json")["diffusion"]
     assert len(curve["step"]) == 300 and curve["step"][-1] == 1000
     assert curve["loss"][-1] == pytest.approx(np.mean([1 / k for k in (998, 999, 1000)]))
+    judge(*folders, tmp_path / "out")
+    assert not (tmp_path / "out" / "learning_curves.json").exists()  # of an evaluation that named no run
 
 
 def test_only_a_drawn_part_of_many_real_images_is_measured(folders: tuple[Path, Path], tmp_path: Path) -> None:

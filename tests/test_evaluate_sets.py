@@ -12,7 +12,7 @@ from brainldm.base.streams import stream
 from brainldm.evaluate.distribution import brain_mask, intensity_distance, mean_image_distance
 from brainldm.evaluate.examine import Sketch, sketch_of
 from brainldm.evaluate.grids import JudgingGrid
-from brainldm.evaluate.memorisation import Memorisation, memorisation, voxel_features
+from brainldm.evaluate.memorisation import Memorisation, distances, memorisation, voxel_features
 from brainldm.evaluate.pictures import white_point
 from judged_folders import TINY, blob
 
@@ -165,6 +165,19 @@ def test_without_enough_held_out_people_training_people_stand_in() -> None:
     assert alone.reference.value is None and alone.synthetic.value is not None
     nothing = searched(OTHERS, [], [], MASK, 0)
     assert nothing.synthetic.value is None and "no training images" in nothing.synthetic.reason
+
+
+def test_of_many_training_people_some_stand_in_each_compared_with_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = stream(0, "test/blocks").normal(size=(24, 2, 30))
+    made, nobody = features[:1] + 0.1, np.empty((0, 2, 30))
+    everybody = memorisation(made, [features], nobody, 0).reference
+    assert everybody.n == 24
+    monkeypatch.setattr("brainldm.evaluate.memorisation.MAX_AMONG_TRAINING", 10)
+    blocks = [features[:4], features[4:12], features[12:]]
+    found = memorisation(made, blocks, nobody, 0).reference
+    apart = distances(features[:10], features[:, 0])
+    apart[np.arange(10), np.arange(10)] = np.inf
+    assert found.n == 10 and found.value == pytest.approx(np.median(apart.min(axis=1)))
 
 
 def test_training_images_are_gone_through_in_blocks() -> None:

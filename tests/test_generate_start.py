@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from brainldm.generate.dataset import as_bundle, bundle_grid, image_name
 from brainldm.generate.plan import PlanRow, check_ranges, make_plan
 from brainldm.generate.run import GenerateSettings, generate, row_noise
 from brainldm.generate.sampler_table import compare_samplers
-from brainldm.generate.start import parse_memory, start
+from brainldm.generate.start import Ready, parse_memory, start
 from brainldm.model.cost import estimate_seconds, network_calls, work_of
 from brainldm.model.description import (
     AutoencoderDescription,
@@ -32,7 +33,7 @@ from brainldm.model.description import (
 )
 from brainldm.model.folder import load_model, read_description
 from brainldm.model.latent_diffusion import LatentDiffusion
-from brainldm.model.memory import MemoryPlan, plan_memory
+from brainldm.model.memory import MemoryPlan, _held_and_free, plan_memory
 from brainldm.nets.packed import packing_works
 from brainldm.recipes.figures import figure_2, figure_4, make_figure
 
@@ -287,3 +288,37 @@ def test_the_written_form_of_a_bundle(tiny_run: Path, tmp_path: Path, monkeypatc
     np.testing.assert_allclose(written.affine, bundle_grid(GRIDS["paper"]).affine, atol=1e-4)
     np.testing.assert_allclose(written.data_XYZ, as_bundle(image[0]), atol=1 / 255)
     assert json.loads((tmp_path / "generation.json").read_text())["grid"]["shape_XYZ"] == [150, 214, 145]
+
+
+def test_a_dataset_keeps_the_batch_that_it_was_begun_with(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much memory is free when it is gone on with."""
+    covariates = read_description(tiny_run).covariates
+    rows = make_plan({}, n=4, seed=0, ranges=covariates.fitted_ranges(), joint=covariates.joint_model())
+
+    def begin() -> Ready:
+        return start(tiny_run, rows, GenerateSettings(), may_shrink_batch=True, begun=tmp_path / "out")
+
+    asked: list[int] = []
+
+    def only_one_at_a_time(description: LatentDiffusionDescription, *, batch: int, **rest: Any) -> MemoryPlan:
+        asked.append(batch)
+        if batch > 1:
+            raise EnvironmentProblem("too little memory.")
+        return plan_memory(description, batch=batch, **rest)
+
+    monkeypatch.setattr("brainldm.generate.start.plan_memory", only_one_at_a_time)
+    ready = begin()
+    assert asked == [4, 2, 1] and ready.settings.batch == 1
+    monkeypatch.undo()
+    generate(ready.load(), tmp_path / "out", rows, ready.settings)
+    assert begin().settings.batch == 1
+
+
+def test_what_files_left_in_memory_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"memory.max": "9000", "memory.current": "8000", "memory.stat": "anon 1000\ninactive_file 6000\n"}
+    for name, text in told.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr("brainldm.model.memory._CGROUP", tmp_path)
+    assert _held_and_free(CPU)[1] == 7000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from scipy import ndimage
 
 from brainldm.base.errors import BadInput, UsageError
-from brainldm.base.files import write_json
+from brainldm.base.files import read_json, write_json
 from brainldm.base.manifest import Manifest
 from brainldm.base.volume import GRIDS
 from brainldm.cohort.dataset import PreparedCohort, VolumeDataset
@@ -97,6 +98,8 @@ def test_the_card_holds_every_figure_and_is_gone_on_with(
     assert "Louis Collins" in card and "brainldm card MODEL COHORT CARD" in card
     slopes = [[0, 0, 0.91, 0], [0, 0, 0, 0.58]]
     response = {"intercepts_mm3": [0, 0], "slopes": slopes, "brains": 50, "seed": 1, "instrument": "one"}
+    begun = {**results["training"], "started_from": {"name": "another", "id": "0123"}}
+    assert "The model began as another (0123); whom that" in card_text({**results, "training": begun})
     told = card_text({**results, "model": {**results["model"], "response": response}})
     assert "| calibration |" not in card
     assert "| calibration | on 50 brains of its own (seed 1, one), which showed ventricles with a slope of 0.91" in told
@@ -131,6 +134,22 @@ def test_what_does_not_belong_together_is_refused_before_the_first_brain(
         monkeypatch.setattr(PhantomStudy, "open", classmethod(lambda cls, folder, wrong=wrong: wrong))
         with pytest.raises((UsageError, BadInput), match=told):
             make_card(tiny_run, tiny_cohort, tmp_path / "card", **predictors, phantoms=ellipsoids)
+    monkeypatch.setattr(PhantomStudy, "open", classmethod(lambda cls, folder: study))
+    split_anew = Path(shutil.copytree(tiny_cohort, tmp_path / "split anew"))
+    facts = read_json(split_anew / "prepared.json")
+    facts["config"]["seed"] += 1
+    write_json(split_anew / "prepared.json", facts)
+    with pytest.raises(UsageError, match="who is held out here may have been trained on") as refused:
+        make_card(tiny_run, split_anew, tmp_path / "card", **predictors, phantoms=ellipsoids)
+    assert f"--seed {facts['config']['seed'] - 1}" in refused.value.remedy
+    calibrated = Path(shutil.copytree(tiny_run / "model", tmp_path / "calibrated"))
+    description = read_json(calibrated / "model.json")
+    slopes = [[0, 0, 0.9, 0], [0, 0, 0, 0.6]]
+    response = {"intercepts_mm3": [0, 0], "slopes": slopes, "brains": 50, "seed": 7, "instrument": "one"}
+    description["covariates"]["response"] = response
+    write_json(calibrated / "model.json", description)
+    with pytest.raises(UsageError, match="calibrated on the brains of seed 7"):
+        make_card(calibrated, tiny_cohort, tmp_path / "card", **predictors, phantoms=ellipsoids, seed=7)
     assert not (tmp_path / "card").exists()
 
 

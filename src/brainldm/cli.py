@@ -478,6 +478,7 @@ def generate(
         precision="fp32" if exact else precision,
         max_memory=max_memory,
         may_shrink_batch=batch is None,
+        begun=out,
         compiles=compile_,
         say=_say,
     )
@@ -860,8 +861,9 @@ def measure(
 
 def _instrument(name: str):  # type: ignore[no-untyped-def]  # an evaluate.measuring.Instrument, imported late
     if name == "synthseg":
-        from brainldm.cohort.synthseg import SynthSegMeasure
+        from brainldm.cohort.synthseg import SynthSegMeasure, installed_program
 
+        installed_program()  # said now, not after hours of making brains
         return SynthSegMeasure()
     from brainldm.cohort.measure import TemplateMeasure
 
@@ -999,9 +1001,22 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
+        if _is_out_of_memory(error):
+            _complain(
+                f"the memory does not suffice ({str(error).splitlines()[0] if str(error) else 'MemoryError'}). Take a "
+                "recipe with a smaller batch or with checkpointing, --precision bf16, or a coarser grid; generate with "
+                "--batch 1 or --max-memory; share weights with --shard. What was finished is kept."
+            )
+            return 5
         _complain(f"this is a bug in brainldm: {type(error).__name__}: {error}. Run again with --debug and report it.")
         return 1
     return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of the machine or of a GPU. torch says the first as a plain RuntimeError; it is not imported here to ask."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def _complain(text: str) -> None:

@@ -60,7 +60,7 @@ def each_in_a_pool(
             processes.end()
             raise EnvironmentProblem(
                 "a worker process was killed from outside; the usual reason is too little memory.",
-                remedy="Run the same command again with fewer --workers: it goes on where it stopped.",
+                remedy="The same command goes on where it stopped; give it fewer --workers where it has them.",
                 reason="worker_killed",
             ) from error
         except BaseException:

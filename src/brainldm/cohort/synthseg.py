@@ -16,6 +16,18 @@ from brainldm.cohort.measure import Measured, measured_from_tables
 PROGRAM = "mri_synthseg"
 
 
+def installed_program() -> str:
+    """Where the program is; EnvironmentProblem when it is not installed."""
+    program = shutil.which(PROGRAM)
+    if program is None:
+        raise EnvironmentProblem(
+            f"{PROGRAM} is not installed here.",
+            remedy="Install FreeSurfer 7.4 or newer and source its SetUpFreeSurfer.sh, or leave --measure out.",
+            reason="not_installed",
+        )
+    return program
+
+
 @dataclass(frozen=True)
 class SynthSegMeasure:
     """Runs the program on one image at a time, on the CPU. Its start takes longer than its work: for many images run it
@@ -25,13 +37,7 @@ class SynthSegMeasure:
 
     def __call__(self, image: Volume) -> Measured:
         """BadInput when the program fails on the image; EnvironmentProblem when it is not installed."""
-        program = shutil.which(PROGRAM)
-        if program is None:
-            raise EnvironmentProblem(
-                f"{PROGRAM} is not installed here.",
-                remedy="Install FreeSurfer 7.4 or newer and source its SetUpFreeSurfer.sh, or leave --measure out.",
-                reason="not_installed",
-            )
+        program = installed_program()
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             scan, table = folder / "sub-image.nii.gz", folder / "volumes.csv"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from brainldm.base.covariates import CONTINUOUS, COVARIATES
-from brainldm.base.errors import BadInput
+from brainldm.base.errors import BadInput, EnvironmentProblem
 from brainldm.base.manifest import Manifest
 from brainldm.base.nifti import read_nifti
 from brainldm.base.progress import Progress
@@ -97,7 +97,8 @@ def measure(
     workers: int,
     progress: Progress,
 ) -> Measurements:
-    """Measures what the cache does not hold yet; each result is on disk before the next is counted."""
+    """Measures what the cache does not hold yet; each result is on disk before the next is counted. EnvironmentProblem
+    where the instrument cannot be used here."""
     found = {
         record["sha256"]: Measurement(record["values"], record["quality"], record.get("regions", {}))
         for record in cache.records()
@@ -117,6 +118,8 @@ def measure(
         done_before=known,
     ):
         look = waiting[position]
+        if isinstance(outcome, EnvironmentProblem):
+            raise outcome  # it says nothing of the image
         if isinstance(outcome, Exception):
             failures.append((position, Failure.of(side, look.image, outcome)))
             continue

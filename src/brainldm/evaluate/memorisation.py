@@ -13,7 +13,7 @@ nothing to tell.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,7 @@ from brainldm.evaluate.examine import Sketch
 # are below it).
 IDENTICAL_RMSE = 0.002
 MIN_HELD_OUT = 3
+MAX_AMONG_TRAINING = 1000  # people whose nearest other training person stands for that of the unseen
 DRAWS = 1000
 _TAIL = (1 - CONFIDENCE) / 2
 
@@ -69,9 +70,10 @@ def memorisation(
     made, unseen = made_N2F, unseen_M2F
     queries = np.concatenate([made, unseen]) if len(unseen) else made
     nearest, who = np.full(len(queries), np.inf), np.zeros(len(queries), dtype=int)
-    trained, among_training, to_made = 0, [], []
+    trained, to_made = 0, list[np.ndarray]()
+    some, some_to_others = made[:0], np.array(np.inf)  # of training, where they stand for the unseen
     for block in training:
-        apart = _apart(queries, block[:, 0])
+        apart = distances(queries, block[:, 0])
         closest = apart.argmin(axis=1)
         distance = apart[np.arange(len(queries)), closest]
         who = np.where(distance < nearest, trained + closest, who)
@@ -79,7 +81,10 @@ def memorisation(
         to_made.append(apart[: len(made)].min(axis=0))
         trained += len(block)
         if len(unseen) < MIN_HELD_OUT:
-            among_training.append(block)
+            room = MAX_AMONG_TRAINING - len(some)
+            some = np.concatenate([some, block[:room]]) if len(some) else block[:room]
+            if len(block) > room:
+                some_to_others = np.minimum(some_to_others, distances(some, block[room:, 0]).min(axis=1))
     if trained == 0:
         return _nothing("there are no training images to compare with", len(made), len(unseen))
 
@@ -87,7 +92,7 @@ def memorisation(
     if len(unseen) >= MIN_HELD_OUT:
         reference, reference_is = nearest[len(made) :], "held-out people"
     else:
-        reference, reference_is = _leave_one_out(among_training), "training people, to another"
+        reference, reference_is = np.minimum(_leave_one_out(some), some_to_others), "training people, to another"
     nearer, nearer_by_chance = _nearer(own, reference)
     seen, seen_by_chance = _seen_or_not(made, own, who[: len(made)], unseen, trained, seed)
     membership, membership_by_chance = _membership(np.concatenate(to_made), made, unseen, seed)
@@ -122,7 +127,7 @@ def _membership(members: np.ndarray, made: np.ndarray, unseen: np.ndarray, seed:
     if len(unseen) < MIN_HELD_OUT or len(members) < 2 * MIN_HELD_OUT:
         none = Estimate.none("too few people were held out to be told from those trained on", len(unseen))
         return none, none
-    others = _apart(made, unseen[:, 0]).min(axis=0)
+    others = distances(made, unseen[:, 0]).min(axis=0)
     found = area_under_curve((-others).tolist(), (-members).tolist())
     generator, size = stream(seed, "evaluate/membership"), min(len(others), len(members) // 2)
     areas = np.empty(DRAWS)
@@ -152,7 +157,7 @@ def _seen_or_not(
     if len(unseen) == 0:
         none = Estimate.none("nobody was held out, so there is no unseen person to be nearer to")
         return none, none
-    apart = _apart(made, unseen[:, 0])
+    apart = distances(made, unseen[:, 0])
     is_unseen = apart.min(axis=1) < to_training
     # Some people are the nearest of many images; deciding again and again at random who counts as seen takes them
     # into account.
@@ -175,7 +180,7 @@ def _nothing(reason: str, synthetic: int, held_out: int) -> Memorisation:
     return Memorisation(0, held_out, "", none, none, none, none, none, none, none, none, float("inf"), 0, ())
 
 
-def _apart(queries_NWF: np.ndarray, images_MF: np.ndarray) -> np.ndarray:
+def distances(queries_NWF: np.ndarray, images_MF: np.ndarray) -> np.ndarray:
     """(n, m): the distance of the nearest of a query's ways to each image."""
     ways = [_rmse(queries_NWF[:, way].astype(np.float64), images_MF) for way in range(queries_NWF.shape[1])]
     return np.minimum.reduce(ways)
@@ -188,10 +193,9 @@ def _rmse(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(squares, 0) / first.shape[1])
 
 
-def _leave_one_out(blocks: Sequence[np.ndarray]) -> np.ndarray:
-    everyone = np.concatenate(blocks)
+def _leave_one_out(everyone: np.ndarray) -> np.ndarray:
     if len(everyone) < 2:
         return np.empty(0)
-    apart = _apart(everyone, everyone[:, 0])
+    apart = distances(everyone, everyone[:, 0])
     np.fill_diagonal(apart, np.inf)
     return apart.min(axis=1)

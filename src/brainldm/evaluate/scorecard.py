@@ -43,7 +43,8 @@ from brainldm.evaluate.rows import Row
 
 SCHEMA = "brainldm scorecard"
 SCHEMA_VERSION = 1
-OURS = {"scorecard.json", "measured.jsonl", "index.html", "failures.tsv"}
+OURS = {"scorecard.json", "scorecard.tsv", "measured.jsonl", "index.html", "failures.tsv"}
+_OF_THE_WHOLE = ("scorecard.json", "failures.tsv", "learning_curves.json", "gate.tsv", "regions.tsv")
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,8 @@ def evaluate_folders(
         held_out_only,
     )
     with locked_folder(out), kept_processes():
+        for name in _OF_THE_WHOLE:  # of an evaluation before this one
+            (out / name).unlink(missing_ok=True)
         found = judge.run(show_real=show_real)
         card = _scorecard(judge, found)
         if curves is not None:
@@ -298,11 +301,9 @@ def _check_output(out: Path, inputs: Sequence[Path]) -> None:
 
 
 def _write(out: Path, card: Scorecard) -> None:
-    failures = out / "failures.tsv"
-    failures.unlink(missing_ok=True)
     if card.failures:
         columns = ("side", "participant_id", "file", "reason", "message", "remedy")
-        write_table(failures, columns, (asdict(failure) for failure in card.failures))
+        write_table(out / "failures.tsv", columns, (asdict(failure) for failure in card.failures))
     write_table(out / "scorecard.tsv", printed.TSV_COLUMNS, printed.tsv_rows(card.rows))
     write_text(out / "scorecard.md", printed.as_markdown(card.rows, card.warnings, card.failures))
     write_json(out / "scorecard.json", card.to_json())  # last: it is what says that the evaluation is whole

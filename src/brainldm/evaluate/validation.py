@@ -30,7 +30,8 @@ from brainldm.evaluate.examine import Examination, Examined, examine, read_for_j
 from brainldm.evaluate.features import FeatureSpace
 from brainldm.evaluate.grids import JudgingGrid, judging_grid
 from brainldm.evaluate.images import Failure, ImageFolder, JudgedImage, open_images
-from brainldm.evaluate.memorisation import memorisation, voxel_features
+from brainldm.evaluate.measuring import Instrument
+from brainldm.evaluate.memorisation import distances, memorisation, voxel_features
 from brainldm.evaluate.pool import each
 from brainldm.evaluate.scorecard import Scorecard, evaluate_folders, feature_spaces
 
@@ -138,13 +139,15 @@ def validate(
     out: Path,
     *,
     features: Sequence[str] = ("random",),
+    measure: Instrument | None = None,
     pairs: int = 200,
     seed: int = 0,
     workers: int = 1,
     progress: Progress = Quiet(),  # noqa: B008  # stateless
 ) -> Validation:
     """Runs all three on the people in `folder` (a prepared cohort, or images that lie in one space) and writes `out`.
-    Images that cannot be judged are listed in `.failures` and in validation.json, and the rest is used.
+    Images that cannot be judged are listed in `.failures` and in validation.json, and the rest is used. `measure` finds
+    volumes, by default the instrument without trained weights.
 
     BadInput where there are fewer than MIN_PEOPLE.
     """
@@ -164,7 +167,8 @@ def validate(
         altered = _altered(looks, grid, spaces, seed, workers, progress)
         nearer = {space: _nearer(kinds) for space, kinds in altered.items()}
         planted = tuple(_planted(space, kinds, seed) for space, kinds in altered.items())
-        card = _real_against_real(people, looks, out / "real_against_real", features, pairs, seed, workers, progress)
+        halves = out / "real_against_real"
+        card = _real_against_real(people, looks, halves, features, measure, pairs, seed, workers, progress)
         failures = (*people.failures, *found.failures)
         validation = Validation(len(looks), seed, nearer, planted, card, failures)
         settings = {"noise": NOISE, "coarser": COARSER, "warp_mm": WARP_MM, "warp_smoothness_mm": WARP_SMOOTHNESS_MM}
@@ -224,14 +228,12 @@ def _alter_one(
 
 
 def _nearer(altered: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
-    originals = altered["exact"][:, 0].astype(np.float64)
+    originals = altered["exact"][:, 0]
     found = {}
     for kind, rows in altered.items():
         if kind == "exact":
             continue
-        apart = np.minimum.reduce(
-            [((rows[:, way].astype(np.float64)[:, None] - originals[None]) ** 2).mean(axis=-1) for way in (0, 1)]
-        )
+        apart = distances(rows, originals)
         own = np.diag(apart).copy()
         np.fill_diagonal(apart, np.inf)
         found[kind] = share(int((own < apart.min(axis=1)).sum()), len(own))
@@ -265,6 +267,7 @@ def _real_against_real(
     looks: Sequence[Examined],
     out: Path,
     features: Sequence[str],
+    measure: Instrument | None,
     pairs: int,
     seed: int,
     workers: int,
@@ -283,6 +286,7 @@ def _real_against_real(
         replace(people, images=as_real, planned=len(as_real), failures=()),
         out,
         features=features,
+        measure=measure,
         pairs=pairs,
         seed=seed,
         workers=workers,

@@ -32,6 +32,7 @@ from brainldm.model.gan import GanModel
 from brainldm.model.latent_diffusion import LatentDiffusion, RowNoise
 
 ATTEMPTS = 3
+RECORD_NAME = "generation.json"
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ _MAY_DIFFER = ("software", "threads")
 
 
 def _record_or_compare(out: Path, facts: dict[str, Any], rows: list[PlanRow]) -> None:
-    path = out / "generation.json"
+    path = out / RECORD_NAME
     if not path.exists():
         if any(out.glob("[!.]*")):
             raise UsageError("the folder is not empty and holds no brains of ours.", remedy="Choose another.", path=out)

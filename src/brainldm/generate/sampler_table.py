@@ -16,17 +16,18 @@ import numpy as np
 import torch
 
 import brainldm
+from brainldm.base.covariates import COVARIATES, CovariateModel, CovariateRanges
 from brainldm.base.errors import UsageError
 from brainldm.base.files import make_folder, write_json
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import stream
 from brainldm.diffusion.solvers import SAMPLERS
-from brainldm.generate.plan import make_plan
-from brainldm.generate.run import row_noise
+from brainldm.generate.plan import Sweep, make_plan
+from brainldm.generate.run import GenerateSettings, row_noise
+from brainldm.generate.start import start
 from brainldm.model.cost import network_calls
-from brainldm.model.folder import load_latent_diffusion
+from brainldm.model.folder import read_description
 from brainldm.model.latent_diffusion import LatentDiffusion
-from brainldm.model.precision import choose_device, choose_precision
 
 REFERENCE = ("ddim", 1000)
 COMPARED = {
@@ -91,9 +92,14 @@ def compare_samplers(
     samplers.png. Times are of sampling, without decoding, all brains in one batch."""
     if n < 2:
         raise UsageError(f"{n} brains give no interval.", remedy="Ask for --n 2 or more.")
-    where = choose_device(device)
-    model = load_latent_diffusion(model_folder, where, precision=choose_precision(precision, where))
-    rows = make_plan(_open_covariates(model), n=n, seed=seed, ranges=model.ranges, joint=model.joint)
+    description = read_description(model_folder)
+    covariates = description.covariates
+    ranges, joint = covariates.fitted_ranges(), covariates.joint_model()
+    rows = make_plan(_open_covariates(ranges, joint), n=n, seed=seed, ranges=ranges, joint=joint)
+    ready = start(model_folder, rows, GenerateSettings(seed=seed, batch=n), device=device, precision=precision)
+    model, where = ready.load(), ready.device
+    if not isinstance(model, LatentDiffusion):
+        raise UsageError("this model takes no steps.", remedy="Name a latent diffusion model.", path=model_folder)
     people = [row.covariates for row in rows]
     noise = [row_noise(seed, row.index) for row in rows]
 
@@ -137,16 +143,12 @@ def compare_samplers(
     return found
 
 
-def _open_covariates(model: LatentDiffusion) -> dict:
+def _open_covariates(ranges: CovariateRanges, joint: CovariateModel | None) -> dict[str, Sweep]:
     """Nothing is asked of a model that knows its people; of another, the middle of each range."""
-    from brainldm.base.covariates import COVARIATES
-    from brainldm.generate.plan import Sweep
-
-    if model.joint is not None:
+    if joint is not None:
         return {}
-    low, high = np.array(model.ranges.low), np.array(model.ranges.high)
-    middle = (low + high) / 2
-    middle[0] = model.ranges.low[0]
+    middle = (np.array(ranges.low) + np.array(ranges.high)) / 2
+    middle[0] = ranges.low[0]
     return {name: Sweep(float(value), float(value), 1) for name, value in zip(COVARIATES, middle)}
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from brainldm.base.errors import EnvironmentProblem, UsageError
+from brainldm.base.files import read_json
 from brainldm.diffusion.solvers import SAMPLERS
 from brainldm.generate.plan import PlanRow
-from brainldm.generate.run import GenerateSettings, check_settings
+from brainldm.generate.run import RECORD_NAME, GenerateSettings, check_settings
 from brainldm.model.cost import estimate_seconds
 from brainldm.model.description import GanDescription
 from brainldm.model.folder import load_model, read_description
@@ -52,12 +53,14 @@ def start(
     precision: str = "auto",
     max_memory: str | None = None,
     may_shrink_batch: bool = False,
+    begun: Path | None = None,
     compiles: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Ready:
     """Chooses the device and the arithmetic, plans the memory, and tells what the work will take.
 
-    With `may_shrink_batch` the batch is halved until the memory suffices. UsageError for what cannot be asked;
+    With `may_shrink_batch` the batch is halved until the memory suffices, unless the dataset is `begun`: it keeps the
+    batch that it was begun with. UsageError for what cannot be asked;
     EnvironmentProblem where the memory does not suffice.
     """
     description = read_description(model)
@@ -73,6 +76,9 @@ def start(
         say(f"{brains}, one pass each, on {told_precision(where, chosen)}.")
         return Ready(model, settings, where, chosen, MemoryPlan(), 0.0)
     limit = None if max_memory is None else parse_memory(max_memory)
+    if may_shrink_batch and begun is not None and (begun / RECORD_NAME).is_file():
+        settings = replace(settings, batch=int(read_json(begun / RECORD_NAME)["batch"]))
+        may_shrink_batch = False
     batches = [settings.batch]
     while may_shrink_batch and batches[-1] > 1:
         batches.append(batches[-1] // 2)

@@ -120,8 +120,8 @@ def import_monai(autoencoder: Path, unet: Path, out: Path) -> ImportSummary:
 def export_monai(model: Path, out: Path, layout: Layout = "old") -> list[Path]:
     """Writes a model folder's weights as the bundle's two files, in MONAI's old (the published) or new layout.
 
-    Every value goes out as it came in. UsageError for a model that would be another one when read from the two files,
-    and where one of them is there already.
+    Every value goes out as it came in; a calibrated model's networks answer as they did before. UsageError for a model
+    that would be another one when read from the two files, and where one of them is there already.
     """
     loaded = load_latent_diffusion(model)
     untold = _untold(loaded)

@@ -190,5 +190,7 @@ def _held_and_free(device: torch.device) -> tuple[int, int]:
     free = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):  # a job or a container may have less than its machine
         allowed, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, allowed - used)
+        facts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        # What files left in memory counts as used, and is given up when it is needed.
+        free = min(free, allowed - used + int(facts.get("inactive_file", 0)))
     return psutil.Process().memory_info().rss, free

@@ -30,9 +30,10 @@ from brainldm.evaluate.instrument import check_instrument
 from brainldm.evaluate.measuring import Instrument
 from brainldm.generate.plan import PlanRow, make_plan
 from brainldm.generate.run import GenerateSettings, generate
+from brainldm.generate.start import start
 from brainldm.model.description import LatentDiffusionDescription, ResponseDescription
-from brainldm.model.folder import DESCRIPTION_NAME, find_model, load_latent_diffusion
-from brainldm.model.precision import choose_device, choose_precision
+from brainldm.model.folder import DESCRIPTION_NAME, find_model, read_description
+from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.model.response import LEAST_SLOPE, SHOWN, fitted_lines, own_slopes
 
 FEWEST = 40  # brains: five numbers a line, and something to see of the scatter
@@ -77,24 +78,39 @@ def calibrate(
 ) -> Calibration:
     """Makes `n` brains of `model`, measures them and writes the calibrated model; goes on with what is there.
 
-    A model that was calibrated before is calibrated anew, not further. UsageError for fewer than FEWEST brains, a model
-    that does not know its people's joint distribution, or one that hardly follows what it is asked.
+    A model that was calibrated before is calibrated anew, not further. UsageError for fewer than FEWEST brains, an
+    `out` whose model is the one to be calibrated, a model that does not know its people's joint distribution, or one
+    that hardly follows what it is asked.
     """
     if n < FEWEST:
         raise UsageError(f"{n} brains are too few for a calibration.", remedy=f"Ask for --n {FEWEST} or more.")
-    where = choose_device(device)
-    loaded = load_latent_diffusion(model, where, precision=choose_precision(precision, where))
-    loaded = replace(loaded, description=_with_response(loaded.description, None))
-    if loaded.joint is None:
+    description = read_description(model)
+    if not isinstance(description, LatentDiffusionDescription) or description.covariates.joint_model() is None:
         raise UsageError(
             "this model does not know how covariates are distributed in its training people.",
             remedy="Calibrate a model that brainldm trained.",
             path=model,
         )
+    covariates = description.covariates
+    if covariates.response is None and find_model(model).resolve() == (out / "model").resolve():
+        raise UsageError("this is the model itself.", remedy="Give its calibration a folder of its own.", path=out)
     make_folder(out)
     say(f"1/2 {n} brains")
-    rows = make_plan({}, n=n, seed=seed, ranges=loaded.ranges, joint=loaded.joint)
-    generate(loaded, out / "brains", rows, GenerateSettings(seed=seed), progress=progress)
+    rows = make_plan({}, n=n, seed=seed, ranges=covariates.fitted_ranges(), joint=covariates.joint_model())
+    ready = start(
+        model,
+        rows,
+        GenerateSettings(seed=seed),
+        device=device,
+        precision=precision,
+        may_shrink_batch=True,
+        begun=out / "brains",
+        say=say,
+    )
+    loaded = ready.load()
+    assert isinstance(loaded, LatentDiffusion), "the description says so"
+    loaded = replace(loaded, description=_with_response(description, None))
+    generate(loaded, out / "brains", rows, ready.settings, progress=progress)
     say("2/2 measure them")
     try:
         name = check_instrument(
@@ -131,7 +147,7 @@ def calibrate(
         _agreements(asked_N2, shown_N2),
         _agreements(asked_N2, _expected(asked, asked_N2, shown_N2)),
     )
-    _copy_calibrated(find_model(model), out / "model", _with_response(loaded.description, response))
+    _copy_calibrated(find_model(model), out / "model", _with_response(description, response))
     facts = {"software": {"brainldm": brainldm.__version__}, "response": response.model_dump(mode="json")}
     rest = {"scatter_mm3": found.scatter_mm3, "before": found.before, "after": found.after}
     write_json(out / "calibration.json", facts | rest)

@@ -46,7 +46,17 @@ def training_facts(training: Mapping[str, Any]) -> dict[str, Any]:
     """Whom it was trained on, for how long."""
     facts = {
         name: training.get(name)
-        for name in ("recipe", "seed", "cohort", "training_images", "validation_images", "precision", "perceptual")
+        for name in (
+            "recipe",
+            "seed",
+            "cohort",
+            "split_by",
+            "training_images",
+            "validation_images",
+            "precision",
+            "perceptual",
+            "started_from",
+        )
     }
     stages = {
         stage: {name: training[stage].get(name) for name in ("steps", "planned_steps", "seconds")}
@@ -94,10 +104,15 @@ def commands(parts: CardParts, cohort: Path, n: int, reconstructed: int, pairs: 
         f"brainldm phantom PHANTOMS --n {len(study.index_of)} --grid {study.grid.name} --seed {study.seed}",
         f"brainldm prepare PHANTOMS COHORT {' '.join(prepared)}",
     ]
-    for stage in ("autoencoder", "diffusion"):
+    begun_with = training.get("started_from")
+    stages = ("autoencoder", "diffusion") if training.get("autoencoder", {}).get("steps") else ("diffusion",)
+    for stage in stages:
         # The planned ones, by which the learning rate falls; the card says where time ended a stage before them.
         steps = training.get(stage, {}).get("planned_steps")
         told = f" --steps {steps}" if steps else ""
+        told += f" --start-from {begun_with['name']}" if begun_with else ""
+        if stage == "autoencoder" and training.get("perceptual", "none") != "none":
+            told += f" --perceptual {training['perceptual']}"
         commands.append(f"brainldm train {recipe} --data COHORT --out RUN --stage {stage}{told}")
     for name, predictor in parts.predictors.items():
         steps = dict(predictor.training).get("steps")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from brainldm.base.covariates import COVARIATES
-from brainldm.base.errors import PartialFailure
+from brainldm.base.errors import BadInput, PartialFailure
 from brainldm.base.pool import each_in_a_pool
 from brainldm.base.progress import Progress
 from brainldm.base.tables import read_table
@@ -181,6 +181,8 @@ def extrapolation_figures(
             # What is no brain any more cannot be measured; that is a finding, not a failure.
             if not isinstance(outcome, Exception):
                 values[image.path] = outcome.values
+            elif not isinstance(outcome, (BadInput, ValueError)):
+                raise outcome
             progress.advance()
     noises: list[dict[str, Any]] = []
     marked = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,9 @@ class CardParts:
     predictors: Mapping[str, Predictor]
 
 
-def open_parts(model: Path, cohort: Path, out: Path, age: Path | None, sex: Path | None, phantoms: Path) -> CardParts:
+def open_parts(
+    model: Path, cohort: Path, out: Path, age: Path | None, sex: Path | None, phantoms: Path, seed: int
+) -> CardParts:
     """Opens everything; UsageError or BadInput where a part is missing or does not belong to the others."""
     folder = find_model(model)
     if (out / "model.json").exists():
@@ -60,6 +63,17 @@ def open_parts(model: Path, cohort: Path, out: Path, age: Path | None, sex: Path
                 f"{prepared.grid.shape_XYZ} of {prepared.grid.voxel_mm:g} mm.",
                 remedy="All must lie on one grid.",
             )
+    trainings: dict[str, Mapping[str, Any]] = {"model": loaded.description.training}
+    trainings |= {f"predictor of {name}": predictor.training for name, predictor in predictors.items()}
+    for what, training in trainings.items():
+        split_by = training.get("split_by")
+        if split_by and split_by != prepared.split_by:
+            raise UsageError(
+                f"the {what} was trained on a cohort split with {_told(split_by)}, this one is with "
+                f"{_told(prepared.split_by)}: who is held out here may have been trained on.",
+                remedy=f"Prepare the study with {' '.join(f'--{name} {value}' for name, value in split_by.items())}.",
+                path=cohort,
+            )
     strangers = [row.participant_id for row in people if row.participant_id not in study.index_of]
     if strangers:
         raise BadInput(
@@ -68,4 +82,14 @@ def open_parts(model: Path, cohort: Path, out: Path, age: Path | None, sex: Path
             path=phantoms,
             reason="other_phantoms",
         )
+    response = loaded.description.covariates.response
+    if response is not None and response.seed == seed:
+        raise UsageError(
+            f"the model was calibrated on the brains of seed {seed}: it would be judged by what it was fitted to.",
+            remedy="Choose another --seed.",
+        )
     return CardParts(folder, loaded, prepared, people, study, predictors)
+
+
+def _told(split_by: Mapping[str, Any]) -> str:
+    return " and ".join(f"{name} {value}" for name, value in split_by.items())

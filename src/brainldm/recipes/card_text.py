@@ -48,6 +48,8 @@ The first {{ shown }} of each side, none chosen by eye (seed {{ settings.seed }}
 
 {{ settings.brains }} brains drawn from the model's joint distribution, against {{ settings.held_out }} phantoms that
 neither the model nor the predictors learnt from. Intervals are 95 %.
+{%- if training.started_from %} The model began as {{ training.started_from.name }} ({{ training.started_from.id }}); \
+whom that one had seen is not looked into here.{% endif %}
 
 | | found | target | | can be reached | the paper, on UK Biobank |
 |---|---|---|---|---|---|
@@ -62,8 +64,10 @@ neither the model nor the predictors learnt from. Intervals are 95 %.
 - Reconstruction is against the phantom without its noise, range 1, over the whole box. Inside the head alone: PSNR
   {{ in_head }} dB. The scan that goes in: {{ scan_itself }} dB.
 - Brains nearer to a training image than anybody held out, as a share: {{ copies }}.
-- Brains that the gate (`generate --gate`) rejects, as a share: {{ rejected }}.
-  Of held-out phantoms it is set to reject {{ by_design }}.
+- Brains that a gate rejects as unlike the held-out phantoms, as a share: {{ rejected }}.
+  Of held-out phantoms it is set to reject {{ by_design }}. (`generate --gate` compares with the training people.)
+{% for warning in warnings %}- {{ warning }}
+{% endfor -%}
 
 ![Beyond what training covered](extrapolation.png)
 
@@ -119,7 +123,7 @@ def card_text(results: Mapping[str, Any]) -> str:
         Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # Markdown
         .from_string(_TEMPLATE)
         .render(
-            **{key: results[key] for key in ("model", "training", "settings")},
+            **{key: results[key] for key in ("model", "training", "settings", "warnings")},
             name=model["name"],
             called="demo" if training["recipe"] == "demo" else "MODEL",
             shape=" x ".join(map(str, grid["shape_XYZ"])),

@@ -15,7 +15,7 @@ def fast() -> Recipe:
     The autoencoder moves and mixes atlases (nets/atlas): a latent voxel is a cell of 4 x 4 x 4 voxels, no convolution
     runs at full resolution, and the residual that it adds is for what no atlas has. The latent is 4 x 40 x 56 x 40
     (16-fold compression); the U-Net folds it to 20 x 28 x 20. Steps along the line of rectified flow, velocity
-    predicted (docs/training.md says why), on what the population's mean leaves; timesteps drawn from the middle,
+    predicted (docs/training.md says why), on what the population's mean leaves; timesteps drawn towards the noisy end,
     covariates equalised and told to every block, dropped one time in ten for guidance. No flips: people are not
     symmetric.
 

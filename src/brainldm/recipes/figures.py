@@ -89,6 +89,7 @@ def make_figure(
         precision=precision,
         max_memory=max_memory,
         may_shrink_batch=True,
+        begun=out,
         say=say,
     )
     generate(ready.load(), out, rows, ready.settings, progress=progress)

@@ -72,7 +72,7 @@ def make_card(
     """
     if n < 1 or reconstructed < 1:
         raise UsageError(f"{n} brains and {reconstructed} reconstructions were asked for.", remedy="Ask for 1 of each.")
-    parts = open_parts(model, cohort, out, age, sex, phantoms)
+    parts = open_parts(model, cohort, out, age, sex, phantoms, seed)
     instrument = measure or TemplateMeasure()
     with locked_folder(out):
         say(f"1/4 {n} brains")
@@ -85,6 +85,7 @@ def make_card(
             measure=instrument,
             pairs=pairs,
             seed=seed,
+            max_real=max(len(parts.people), 1),
             workers=workers,
             predictors=[folder for folder in (age, sex) if folder is not None],
             held_out_only=True,
@@ -113,6 +114,7 @@ def make_card(
             **judged_figures(judged, seed),
             "reconstruction": reconstruction_figures(kept, seed),
             "extrapolation": beyond,
+            "warnings": list(judged.warnings),
             "commands": commands(parts, cohort, n, reconstructed, pairs, seed),
             "software": {"brainldm": brainldm.__version__, "torch": torch.__version__, "numpy": np.__version__},
         }
@@ -144,27 +146,28 @@ def _make_brains(
     is not."""
     model = parts.loaded
     rows = make_plan({}, n=n, seed=seed, ranges=model.ranges, joint=model.joint)
-    ready = start(parts.model, rows, GenerateSettings(seed=seed), may_shrink_batch=True, say=say)
+    ready = start(parts.model, rows, GenerateSettings(seed=seed), may_shrink_batch=True, begun=out / "brains", say=say)
     loaded = ready.load()
     begun = time.monotonic()
     made = generate(loaded, out / "brains", rows, ready.settings, progress=progress).made
     spent = time.monotonic() - begun
     path = out / "timing.json"
-    timed = read_json(path) if path.is_file() else {"brains": 0, "seconds": 0.0}
+    machine = {
+        "device": str(ready.device) if ready.device.type == "cpu" else torch.cuda.get_device_name(ready.device),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    timed: dict[str, Any] = read_json(path) if path.is_file() else {"brains": 0, "seconds": 0.0, "machine": machine}
     if made:
-        timed = {"brains": timed["brains"] + made, "seconds": timed["seconds"] + spent}
+        timed = {"brains": timed["brains"] + made, "seconds": timed["seconds"] + spent, "machine": machine}
         write_json(path, timed)
     return {
         "seconds_a_brain": timed["seconds"] / timed["brains"] if timed["brains"] else None,
         "brains_timed": timed["brains"],
         "batch": ready.settings.batch,
         "precision": ready.precision,
-        "machine": {
-            "device": str(ready.device) if ready.device.type == "cpu" else torch.cuda.get_device_name(ready.device),
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
+        "machine": timed["machine"],
     }
 
 

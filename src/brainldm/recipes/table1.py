@@ -11,10 +11,9 @@ Everything is gone on with when the same command is given again.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from brainldm.evaluate.measuring import Instrument
 
 REAL = "Real images"
+_TARGETS = {"age": "age_years", "sex": "sex"}
 
 
 @dataclass(frozen=True)
@@ -89,19 +89,26 @@ def make_table1(
     a quarter of it), makes `n` brains in each way, judges them and writes table and figures; returns table1.json.
     `measure` finds volumes in images, by default the one without trained weights.
 
-    UsageError where a model's grid is not the cohort's.
+    UsageError, before anything is trained, where a given model's grid is not the cohort's, a predictor predicts
+    something else, or `out` holds the models of another cohort, recipe, time or seed.
     """
-    from brainldm.evaluate.scorecard import evaluate_dataset
+    from brainldm.evaluate.scorecard import evaluate_dataset, feature_spaces
 
-    make_folder(out)
+    if n < 1 or pairs < 1 or len(feature_spaces((feature_space,))) != 1:
+        raise UsageError(
+            f"{n} brains, {pairs} pairs and the feature space {feature_space!r} were asked for.",
+            remedy="Ask for 1 of each or more, and a space that evaluate knows.",
+        )
     given = {name: path for name, path in (models or {}).items() if path is not None}
+    _check_given(given, cohort)
+    make_folder(out)
+    _record_or_compare(out / "asked.json", cohort, recipe, minutes, seed)
     trained = {
         name: given[name]
         if name in given
         else _train(name, cohort, out / "models" / name, recipe, minutes, seed, progress, say)
         for name in ("ldm", "lsgan", "vaegan", "age", "sex")
     }
-    _check_grids({name: trained[name] for name in ("ldm", "lsgan", "vaegan")}, cohort)
     seconds, cards = {}, {}
     for way in ways:
         say(f"{way.title}: {n} brains")
@@ -119,7 +126,7 @@ def make_table1(
             cache=out / "judged" / "cache",
             progress=progress,
         ).to_json()
-    table = _table(ways, cards, seconds, n, pairs, seed, minutes, trained, given)
+    table = _table(ways, cards, seconds, n, pairs, seed, trained)
     write_json(out / "table1.json", table)
     write_text(out / "table1.md", as_markdown(table))
     say("figures 1 to 4")
@@ -148,7 +155,7 @@ def _train(
         from brainldm.recipes import recipe_named
         from brainldm.train.run import train
 
-        train(recipe_named(recipe), cohort, out, minutes=minutes, progress=progress)
+        train(replace(recipe_named(recipe), seed=seed), cohort, out, minutes=minutes, progress=progress)
     elif name in ("age", "sex"):
         from brainldm.train.predictor_run import train_predictor
 
@@ -163,16 +170,39 @@ def _train(
     return out
 
 
-def _check_grids(models: Mapping[str, Path], cohort: Path) -> None:
+def _record_or_compare(path: Path, cohort: Path, recipe: str, minutes: float, seed: int) -> None:
+    """Writes on what and how the models are trained here; UsageError where those that are there were otherwise."""
     from brainldm.cohort.dataset import PreparedCohort
+
+    asked = {"cohort": PreparedCohort.open(cohort).digest, "recipe": recipe, "minutes": minutes, "seed": seed}
+    recorded = read_json(path) if path.is_file() else asked
+    different = [name for name in asked if recorded[name] != asked[name]]
+    if different:
+        raise UsageError(
+            f"the models in this folder were trained with another {' and '.join(different)}.",
+            remedy="Give the same command to finish it, or another folder.",
+            path=path.parent,
+        )
+    write_json(path, asked)
+
+
+def _check_given(models: Mapping[str, Path], cohort: Path) -> None:
+    from brainldm.cohort.dataset import PreparedCohort
+    from brainldm.cohort.predictor import read_predictor
     from brainldm.model.folder import read_description
 
     wanted = PreparedCohort.open(cohort).grid.shape_XYZ
     for name, path in models.items():
-        shape = read_description(path).grid.shape_XYZ
+        if name in _TARGETS:
+            predictor = read_predictor(path)
+            shape = predictor.grid.shape_XYZ
+            if predictor.target != _TARGETS[name]:
+                raise UsageError(f"predicts {predictor.target}, not {_TARGETS[name]}.", path=path)
+        else:
+            shape = read_description(path).grid.shape_XYZ
         if tuple(shape) != tuple(wanted):
             raise UsageError(
-                f"the {name} model makes images of {shape} voxels, the cohort's are of {wanted}.",
+                f"the {name} model is of images of {shape} voxels, the cohort's are of {wanted}.",
                 remedy="Give models that were trained on this grid.",
                 path=path,
             )
@@ -200,9 +230,10 @@ def _generate(
     settings = GenerateSettings(seed=seed)
     if way.sampler is not None:
         settings = GenerateSettings(seed=seed, sampler=way.sampler, steps=way.steps)
-    ready = start(trained[way.model], rows, settings, may_shrink_batch=True, say=say)
+    ready = start(trained[way.model], rows, settings, may_shrink_batch=True, begun=out, say=say)
+    model = ready.load()
     begun = time.monotonic()
-    made = generate(ready.load(), out, rows, ready.settings, progress=progress).made
+    made = generate(model, out, rows, ready.settings, progress=progress).made
     timing = out.parent / f"{way.name}.json"
     if made == n or not timing.is_file():
         spent = time.monotonic() - begun
@@ -221,9 +252,7 @@ def _table(
     n: int,
     pairs: int,
     seed: int,
-    minutes: float,
     trained: Mapping[str, Path],
-    given: Mapping[str, Path],
 ) -> dict[str, Any]:
     first = next(iter(cards.values()))
     space = first["settings"]["features"][0]
@@ -234,6 +263,9 @@ def _table(
             heading: rows[key][side] for pattern, heading, _ in _COLUMNS if (key := pattern.format(space=space)) in rows
         }
 
+    training = {
+        name: read_json(_model_folder(trained[name]) / "model.json")["training"] for name in ("ldm", "lsgan", "vaegan")
+    }
     lines: list[dict[str, Any]] = [
         {
             "way": way.name,
@@ -250,14 +282,18 @@ def _table(
         "pairs": pairs,
         "seed": seed,
         "features": space,
-        "minutes_of_training": {name: None if name in given else minutes for name in ("ldm", "lsgan", "vaegan")},
-        "training_images": json.loads((_model_folder(trained["ldm"]) / "model.json").read_text())["training"].get(
-            "training_images"
-        ),
+        "minutes_of_training": {name: _minutes(facts) for name, facts in training.items()},
+        "training_images": training["ldm"].get("training_images"),
         "real": first["real"]["from_here"],
         "columns": [heading for _, heading, _ in _COLUMNS],
         "lines": lines,
     }
+
+
+def _minutes(training: Mapping[str, Any]) -> float | None:
+    """What a model's stages took together; None for one that does not say."""
+    stages = [facts for facts in training.values() if isinstance(facts, dict) and "seconds" in facts]
+    return sum(facts["seconds"] for facts in stages) / 60 if stages else None
 
 
 def _model_folder(run: Path) -> Path:

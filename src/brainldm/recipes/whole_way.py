@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,7 +102,7 @@ def run_demo(
     sweeps = demo_sweeps(ranges, ages=4, ventricles=6)
     rows = make_plan(sweeps, n=None, seed=seed, ranges=ranges, joint=covariates.joint_model())
     say(f"1/4 {len(rows)} brains by the model that comes with brainldm")
-    ready = start(folder, rows, GenerateSettings(seed=seed), may_shrink_batch=True, say=say)
+    ready = start(folder, rows, GenerateSettings(seed=seed), may_shrink_batch=True, begun=out / "brains", say=say)
     generate(ready.load(), out / "brains", rows, ready.settings, progress=progress)
     say(f"2/4 {people} phantoms to compare with")
     write_phantom_study(
@@ -166,7 +167,7 @@ def run_demo_training(
     say("2/6 prepare it as a cohort")
     prepare_study(out / "phantoms", out / "cohort", PrepareConfig(grid=grid), workers=workers, progress=progress)
     say("3/6 train the autoencoder, then the diffusion model")
-    train(quick(), out / "cohort", out / "run", minutes=minutes, progress=progress)
+    train(replace(quick(), seed=seed), out / "cohort", out / "run", minutes=minutes, progress=progress)
     say("4/6 generate brains")
     model = load_model(out / "run")
     rows = make_plan(demo_sweeps(model.ranges), n=None, seed=seed, ranges=model.ranges, joint=model.joint)
