@@ -84,6 +84,15 @@ def test_stale_parts_are_found_anywhere_below(tmp_path: Path) -> None:
     assert remove_stale_parts(tmp_path) == 2
 
 
+def test_a_file_system_without_locks_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("brainldm.base.files.fcntl.flock", refuses)
+    with pytest.raises(EnvironmentProblem, match="cannot lock files"), locked_folder(tmp_path):
+        pass
+
+
 def test_a_folder_in_use_is_refused_and_says_by_whom(tmp_path: Path) -> None:
     """Fault 43"""
     script = (

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from brainldm.base.errors import BadInput
+from brainldm.base.errors import BadInput, EnvironmentProblem
 from brainldm.base.files import write_json
 from brainldm.cohort.bids import Study, read_study
 
@@ -178,6 +178,18 @@ def test_rows_of_sessions_belong_to_their_session(tmp_path: Path) -> None:
     table = "participant_id\tsession_id\tage\tsex\nsub-1\tses-a\t60\tF\nsub-1\tses-b\t65\tF\n"
     found = read_study(study(tmp_path, table, "sub-1/ses-b/anat/sub-1_ses-b_T1w.nii.gz"))
     assert who(found) == {"sub-1": (0, 65.0)} and found.failures == []
+    padded = table.replace("ses-b", "2")
+    found = read_study(study(tmp_path / "padded", padded, "sub-1/ses-02/anat/sub-1_ses-02_T1w.nii.gz"))
+    assert who(found) == {"sub-1": (0, 65.0)}
+    found = read_study(
+        study(
+            tmp_path / "other",
+            table + "sub-2\tn/a\t50\tM\n",
+            "sub-1/ses-c/anat/sub-1_ses-c_T1w.nii.gz",
+            "sub-2/ses-c/anat/sub-2_ses-c_T1w.nii.gz",
+        )
+    )
+    assert who(found) == {"sub-2": (1, 50.0)} and reasons(found) == {"sub-1": "not_in_table"}
 
 
 def test_people_without_a_scan_or_without_a_row_are_listed(tmp_path: Path) -> None:
@@ -209,10 +221,43 @@ def test_codes_of_sex(cell: str, sex: int, tmp_path: Path) -> None:
 
 def test_the_studys_own_levels_explain_its_codes(tmp_path: Path) -> None:
     folder = study(tmp_path, f"{HEADER}\nsub-1\t20\t1\nsub-2\t30\t2\n", *scan_of("sub-1", "sub-2"))
-    assert reasons(read_study(folder_with_third(folder)))["sub-2"] == "bad_cell"
-    write_json(folder / "participants.json", {"sex": {"Levels": {"1": "Male participant", "2": "female"}}})
-    found = who(read_study(folder))
-    assert (found["sub-1"][0], found["sub-2"][0]) == (1, 0)
+    with pytest.raises(BadInput, match="2 of 3 people") as unexplained:  # 1 and 2 mean either, to somebody
+        read_study(folder_with_third(folder))
+    assert "Levels" in unexplained.value.remedy
+    for levels in (
+        {"1": "Male participant", "2": "female"},
+        {"1": {"Description": "male"}, "2": {"Description": "Sex: female"}},
+    ):
+        write_json(folder / "participants.json", {"sex": {"Levels": levels}})
+        found = who(read_study(folder))
+        assert (found["sub-1"][0], found["sub-2"][0]) == (1, 0)
+    write_json(folder / "participants.json", {"sex": {"Levels": {"1": "Mann", "2": "Frau"}}})
+    with pytest.raises(BadInput, match="cannot be read"):
+        read_study(folder)
+
+
+def test_a_zero_that_the_study_calls_something_unknown_is_nobody_s_sex(tmp_path: Path) -> None:
+    people = f"{HEADER}\nsub-1\t20\t0\nsub-2\t20\tF\nsub-3\t20\tM\n"
+    folder = study(tmp_path, people, *scan_of("sub-1", "sub-2", "sub-3"))
+    write_json(folder / "participants.json", {"sex": {"Levels": {"0": "Mann", "F": "Frau", "M": "Mann"}}})
+    found = read_study(folder)
+    assert who(found) == {"sub-2": (0, 20.0), "sub-3": (1, 20.0)} and reasons(found) == {"sub-1": "bad_cell"}
+
+
+def test_one_row_is_not_two_people_s(tmp_path: Path) -> None:
+    found = read_study(study(tmp_path / "a", f"{HEADER}\n1\t20\tF\n", *scan_of("sub-1", "sub-01")))
+    assert list(who(found)) == ["sub-1"] and reasons(found) == {"sub-01": "not_in_table"}
+
+
+def test_a_folder_that_cannot_be_read_is_no_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = study(tmp_path, f"{HEADER}\nsub-1\t20\tF\n", *scan_of("sub-1"))
+
+    def denied(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("brainldm.cohort.bids._find_images", denied)
+    with pytest.raises(EnvironmentProblem, match="Permission denied"):
+        read_study(folder)
 
 
 def folder_with_third(folder: Path) -> Path:

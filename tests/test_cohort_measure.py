@@ -131,6 +131,18 @@ def test_synthseg_table_is_read(tmp_path: Path) -> None:
     assert measured.brain_mm3 == pytest.approx(1e6 * load_template(1).head_mm3 / 1.5e6)
 
 
+def test_parcels_of_the_cortex_are_not_summed_twice_and_a_second_row_is_refused(tmp_path: Path) -> None:
+    table = tmp_path / "volumes.csv"
+    columns = "subject,total intracranial,left lateral ventricle,right lateral ventricle,"
+    columns += "left inferior lateral ventricle,right inferior lateral ventricle,left cerebral cortex,ctx-lh-bankssts"
+    row = "1500000,10000,10000,500,500,250000,{ctx}"
+    table.write_text(f"{columns}\nsub-01_ses-1_T1w,{row.format(ctx=3000)}\nsub-01_ses-1_T1w,{row.format(ctx=3000)}\n")
+    assert measured_from_tables(table)["sub-01"].brain_native_mm3 == 250_000
+    table.write_text(f"{columns}\nsub-01_ses-1_T1w,{row.format(ctx=1)}\nsub-01_ses-2_T1w,{row.format(ctx=2)}\n")
+    with pytest.raises(BadInput, match="second row of sub-01"):
+        measured_from_tables(table)
+
+
 def test_freesurfer_table_is_read(tmp_path: Path) -> None:
     table = tmp_path / "aseg.tsv"
     columns = "Measure:volume Left-Lateral-Ventricle Left-Inf-Lat-Vent Right-Lateral-Ventricle Right-Inf-Lat-Vent"

@@ -34,6 +34,7 @@ from brainldm.cohort.dataset import PreparedCohort, VolumeDataset
 from brainldm.cohort.overlay import write_overlay
 from brainldm.cohort.prepare import PrepareConfig, prepare_study
 from brainldm.cohort.register import Registration
+from brainldm.cohort.split import split_of
 
 GRID = GRIDS["4mm"]
 CONFIG = PrepareConfig(grid="4mm")
@@ -77,7 +78,7 @@ def in_place(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         name: str = "fake"
 
         def __call__(self, image, registration=None):  # type: ignore[no-untyped-def]
-            volume = float((image.data_XYZ > 0).sum()) * image.voxel_mm3
+            volume = min(float((image.data_XYZ > 0).sum()) * image.voxel_mm3, 2e6)  # what a brain can have
             return SimpleNamespace(
                 ventricles_mm3=volume / 50,
                 brain_mm3=1.25 * volume,
@@ -378,6 +379,55 @@ def test_a_replaced_scan_is_prepared_again(tmp_path: Path, in_place: list[str]) 
     np.testing.assert_allclose(
         VolumeDataset(PreparedCohort.open(out)).image_XYZ(1), brain(99) / brain(99).max(), atol=5e-3
     )
+
+
+def test_a_scan_replaced_by_one_of_the_same_size_is_prepared_again(tmp_path: Path, in_place: list[str]) -> None:
+    study, out = write_study(tmp_path / "balls", 3), tmp_path / "out"
+    path = study / "sub-01/anat/sub-01_T1w.nii"
+    (study / "sub-01/anat/sub-01_T1w.nii.gz").unlink()
+    nibabel.save(nibabel.Nifti1Image(brain(1), GRID.affine), path)
+    prepare_study(study, out, CONFIG)
+    content = path.read_bytes()
+    path.write_bytes(content)  # written again, and the same
+    assert prepare_study(study, out, CONFIG).newly_prepared == 0
+    nibabel.save(nibabel.Nifti1Image(brain(99), GRID.affine), path)
+    assert path.stat().st_size == len(content)
+    assert prepare_study(study, out, CONFIG).newly_prepared == 1
+    np.testing.assert_allclose(
+        VolumeDataset(PreparedCohort.open(out)).image_XYZ(1), brain(99) / brain(99).max(), atol=5e-3
+    )
+
+
+def test_a_cohort_of_an_earlier_version_is_gone_on_with(tmp_path: Path, in_place: list[str]) -> None:
+    study, out = write_study(tmp_path / "balls", 3), tmp_path / "out"
+    prepare_study(study, out, CONFIG)
+    manifest = Manifest(out / "manifest.jsonl")
+    records = manifest.records()
+    manifest.path.unlink()
+    for record in records:
+        new = ("source_sha256", "source_mtime_ns", "mask_sha256")
+        manifest.append(**{name: value for name, value in record.items() if name not in new})
+    assert prepare_study(study, out, CONFIG).newly_prepared == 0
+
+
+def test_nobody_changes_sides_when_their_scan_turns_up_under_another_id(tmp_path: Path, in_place: list[str]) -> None:
+    """The split is that of the first id; it stays that of whoever was there before."""
+    study, out = write_study(tmp_path / "balls", 30), tmp_path / "out"
+    prepare_study(study, out, CONFIG)
+    before = {i: row["split"] for i, row in table(out).items()}
+    last = max(before)
+    twin = next(f"sub-{n:02d}x" for n in range(99) if split_of(f"sub-{n:02d}x", 0, 0.2) != before[last])
+    assert min(twin, last) == twin
+    scan = study / twin / "anat" / f"{twin}_T1w.nii.gz"
+    scan.parent.mkdir(parents=True)
+    shutil.copyfile(study / last / "anat" / f"{last}_T1w.nii.gz", scan)
+    participants = study / "participants.tsv"
+    rows = participants.read_text()
+    theirs = next(line for line in rows.splitlines() if line.startswith(f"{last}\t"))
+    participants.write_text(rows + theirs.replace(last, twin) + "\n")
+    prepare_study(study, out, CONFIG)
+    after = {i: row["split"] for i, row in table(out).items()}
+    assert {i: after[i] for i in before} == before and after[twin] == before[last]
 
 
 def test_a_corrected_table_needs_no_scan_again(tmp_path: Path, in_place: list[str]) -> None:

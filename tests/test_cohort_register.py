@@ -162,3 +162,7 @@ def test_real_whole_head_is_known_as_one(real_data: Path) -> None:
     # Colin lies in MNI space already.
     assert found.quality["correlation"] > 0.8
     assert found.quality["rotation_degrees"] < 3
+    # Told so, it is found the same: the size of a whole head says nothing of its brain's.
+    told = register_to_template(head, aligned=True)
+    assert told.quality["correlation"] > 0.8
+    np.testing.assert_allclose(told.mni_from_scan_affine[:3, :3], found.mni_from_scan_affine[:3, :3], atol=0.05)

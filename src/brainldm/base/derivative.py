@@ -6,7 +6,7 @@ size. BIDS lists no such space, therefore every sidecar spells out what it refer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from brainldm.base.files import write_json
 
 BIDS_VERSION = "1.10.0"
 SPACE = "MNI152rigid"
+PHANTOM_STUDY_NAME = "Phantom brains"
 SPACE_REFERENCE = (
     "https://nist.mni.mcgill.ca/icbm-152-nonlinear-atlases-2009/"  # the template that rigid alignment aims at
 )
@@ -38,6 +39,18 @@ def dataset_description(
     if sources:
         content["SourceDatasets"] = [{"URL": source} for source in sources]
     return content
+
+
+def are_phantoms(provenance: Mapping[str, Any]) -> bool:
+    """Whether the people of a folder are made up, by what its own JSON files say (by file name): a phantom study, or a
+    cohort prepared from one. Cohorts that do not say so are known by their study's name."""
+    prepared, study = (provenance.get(name) for name in ("prepared.json", "dataset_description.json"))
+    if isinstance(prepared, Mapping):
+        source = prepared.get("source")
+        if isinstance(source, Mapping) and "phantoms" in source:
+            return bool(source["phantoms"])
+        return str(prepared.get("name", "")).lower().startswith("phantom")
+    return isinstance(study, Mapping) and str(study.get("Name", "")).startswith(PHANTOM_STUDY_NAME)
 
 
 def t1w_sidecar(description: str, *, skull_stripped: bool, voxel_mm: float, **more: Any) -> dict[str, Any]:

@@ -158,6 +158,13 @@ def locked_folder(folder: str | Path) -> Iterator[Path]:
             if os.fstat(handle.fileno()).st_ino != lock_path.stat().st_ino:
                 raise BlockingIOError(errno.EWOULDBLOCK, "the lock changed hands")
         except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.ENOENT, errno.ESTALE):
+                raise EnvironmentProblem(
+                    f"this file system cannot lock files ({error.strerror}), so two runs could spoil each other.",
+                    remedy="Choose a folder on another one, or mount it with locks (Lustre: -o flock).",
+                    path=folder,
+                    reason="no_locks",
+                ) from error
             handle.seek(0)
             raise UsageError(
                 f"another run is writing to this folder ({handle.read().strip() or 'it did not say which'}).",

@@ -213,11 +213,12 @@ def _header_notes(path: Path, header: np.ndarray, assume_orientation: bool) -> l
             raise BadInput(
                 "the header does not say how the image lies (qform and sform codes are 0), so left and right "
                 "cannot be told apart.",
-                remedy="Set the orientation at its source, or pass --assume-orientation to take the axes as stored.",
+                remedy="Set the orientation at its source, or pass --assume-orientation to take the axes as right to "
+                "left, back to front, down to up.",
                 path=path,
                 reason="orientation",
             )
-        notes.append("orientation assumed: qform and sform codes are 0")
+        notes.append("orientation assumed: qform and sform codes are 0; the first axis was taken as right to left")
     if qform_code > 0 and sform_code > 0:
         nifti_header = nibabel.Nifti1Header(header.tobytes(), endianness=_endianness(header), check=False)
         try:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from brainldm.base.covariates import implausible, sex_code
-from brainldm.base.errors import BadInput
+from brainldm.base.errors import BadInput, EnvironmentProblem
 from brainldm.base.files import read_json
 from brainldm.base.tables import Table, read_table
 
@@ -73,7 +74,15 @@ def read_study(folder: str | Path, *, masks: str | Path | None = None, need_mask
     """
     root = Path(folder)
     _check_is_a_study(root)
-    images, failures = _find_images(root)
+    try:
+        images, failures = _find_images(root)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"the study cannot be read: {error.strerror}.",
+            remedy="Check its permissions.",
+            path=root,
+            reason="unreadable",
+        ) from error
     if not images:
         raise _no_images(root, failures)
     table = _read_participants(root)
@@ -83,10 +92,11 @@ def read_study(folder: str | Path, *, masks: str | Path | None = None, need_mask
     scans: list[Scan] = []
     met: set[int] = set()
     malformed: list[Failure] = []
+    folders = Counter(_label(participant_id).lstrip("0") for participant_id in images)
     for participant_id, found in sorted(images.items()):
         chosen = min(found, key=_preference)
-        rows = people.rows_of(participant_id, chosen.session)
-        met.update(people.rows_of(participant_id, ""))
+        rows = people.rows_of(participant_id, chosen.session, folders)
+        met.update(people.rows_of(participant_id, "", folders))
         try:
             row, notes = people.one_row(participant_id, rows)
             sex, age_years = people.sex(row), people.age_years(row)
@@ -332,6 +342,7 @@ class _People:
     by_label: Mapping[str, list[int]]
     by_bare_label: Mapping[str, list[int]]
     sex_levels: Mapping[str, str]
+    codes_from_one: bool
     meanings: Mapping[str, Any]
 
     @classmethod
@@ -349,8 +360,9 @@ class _People:
             by_bare_label.setdefault(label.lstrip("0"), []).append(row)
         levels = meanings.get(sex_column)
         levels = levels.get("Levels") if isinstance(levels, dict) else None
-        sex_levels = {str(k).strip().lower(): str(v) for k, v in levels.items()} if isinstance(levels, dict) else {}
-        return cls(table, age_column, sex_column, by_label, by_bare_label, sex_levels, meanings)
+        sex_levels = {_code(k): _meaning(v) for k, v in levels.items()} if isinstance(levels, dict) else {}
+        codes_from_one = any(cells[sex_column].strip() in ("2", "2.0") for cells in table.rows)
+        return cls(table, age_column, sex_column, by_label, by_bare_label, sex_levels, codes_from_one, meanings)
 
     @property
     def other_columns(self) -> tuple[str, ...]:
@@ -363,16 +375,22 @@ class _People:
     def others(self, row: int) -> dict[str, str]:
         return {c: self.table.rows[row][c] for c in self.other_columns}
 
-    def rows_of(self, participant_id: str, session: str) -> list[int]:
-        """The person's rows; with a session_id column, those of the session when there are any.
+    def rows_of(self, participant_id: str, session: str, folders: Mapping[str, int]) -> list[int]:
+        """The person's rows; of those that name sessions, the ones of this session.
 
-        Ids agree when they are equal without `sub-`; where nobody's is, when they are equal without leading zeros.
+        Ids agree when they are equal without `sub-`; where nobody's is, when they are equal without leading zeros and
+        no other folder is: `folders` counts those that agree so.
         """
         label = _label(participant_id)
-        rows = self.by_label.get(label) or self.by_bare_label.get(label.lstrip("0"), [])
+        bare = label.lstrip("0")
+        rows = self.by_label.get(label) or (self.by_bare_label.get(bare, []) if folders[bare] == 1 else [])
         if session and "session_id" in self.table.columns:
-            of_session = [r for r in rows if _label(self.table.rows[r]["session_id"], "ses-") == session[4:]]
-            return of_session or rows
+            sessions = {r: _label(self.table.rows[r]["session_id"], "ses-") for r in rows}
+            named = {r: label for r, label in sessions.items() if label and not self.table.is_missing(r, "session_id")}
+            wanted = session.removeprefix("ses-")
+            of_session = [r for r, label in named.items() if label == wanted]
+            of_session = of_session or [r for r, label in named.items() if label.lstrip("0") == wanted.lstrip("0")]
+            return of_session if named else rows
         return rows
 
     def one_row(self, participant_id: str, rows: list[int]) -> tuple[int, tuple[str, ...]]:
@@ -416,9 +434,12 @@ class _People:
         if self.table.is_missing(row, self.sex_column):
             raise self._missing(row, self.sex_column)
         text = self.table.rows[row][self.sex_column].strip().lower()
-        level = self.sex_levels.get(text, "")
-        code = sex_code(level.split()[0].strip(".,;:()")) if level.split() else None
-        code = sex_code(text) if code is None else code
+        # A number is what the study says it is, in a word known here.
+        level = self.sex_levels.get(_code(text))
+        understood = [c for word in _words(level or "") if (c := sex_code(word)) is not None]
+        code = understood[0] if understood else sex_code(text)
+        if not understood and _code(text).isdigit() and (level is not None or self.codes_from_one):
+            code = None  # 1 and 2 are female and male to some, male and female to others
         if code is None:
             raise self.table.fault(
                 row,
@@ -434,6 +455,19 @@ class _People:
             remedy=f"Fill in the {column} of this person to include them.",
             reason=f"missing_{'age' if column == self.age_column else 'sex'}",
         )
+
+
+def _code(text: object) -> str:
+    return str(text).strip().lower().removesuffix(".0")
+
+
+def _meaning(level: object) -> str:
+    """A level of participants.json: its text, or what it says under Description."""
+    return str(level.get("Description", "") if isinstance(level, dict) else level)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+", text)
 
 
 def _column(table: Table, names: Iterable[str], what: str) -> str:

@@ -261,7 +261,8 @@ _SYNTHSEG_VENTRICLES = (
     "left inferior lateral ventricle",
     "right inferior lateral ventricle",
 )
-_SYNTHSEG_NOT_BRAIN = ("csf", "ventricle", "total intracranial")
+# Parcels of the cortex (`--parc`) are parts of columns that are summed already.
+_SYNTHSEG_NOT_BRAIN = ("csf", "ventricle", "total intracranial", "ctx-")
 _ASEG_VENTRICLES = ("Left-Lateral-Ventricle", "Right-Lateral-Ventricle", "Left-Inf-Lat-Vent", "Right-Inf-Lat-Vent")
 _ASEG_BRAIN = ("BrainSegVolNotVent", "BrainSegNotVent")
 _NOT_VOLUMES = ("to-etiv", "holes", "qc", "maskvol")  # columns of these tables that are no region's volume
@@ -272,7 +273,8 @@ def measured_from_tables(path: Path) -> dict[str, Measured]:
     """Volumes by participant from what `mri_synthseg --vol` or FreeSurfer's `asegstats2table` wrote (CSV or TSV).
 
     The head's size is the intracranial volume of the table. BadInput when a column is missing or a cell is no number.
-    Participants are the first column's text, from `sub-` on where that occurs in it.
+    Participants are the first column's text, from `sub-` on where that occurs in it. BadInput as well when somebody has
+    several rows that differ: of which session or run is wanted, the table cannot say.
     """
     table = read_table(path)
     lower = {column.lower(): column for column in table.columns}
@@ -294,10 +296,18 @@ def measured_from_tables(path: Path) -> dict[str, Measured]:
             path=path,
             reason="unknown_table",
         )
-    return {
-        participant_of(table.rows[row][table.columns[0]]): _measured_row(table, row, ventricles, brain, head)
-        for row in range(len(table))
-    }
+    found: dict[str, Measured] = {}
+    for row in range(len(table)):
+        participant_id = participant_of(table.rows[row][table.columns[0]])
+        measured = _measured_row(table, row, ventricles, brain, head)
+        if found.setdefault(participant_id, measured) != measured:
+            raise table.fault(
+                row,
+                table.columns[0],
+                f"is a second row of {participant_id}, with other volumes.",
+                "Keep one row a person: that of the scan which is used.",
+            )
+    return found
 
 
 def _first_of(table: Table, lower: dict[str, str], names: tuple[str, ...]) -> str:

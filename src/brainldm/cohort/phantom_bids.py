@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from brainldm.base.derivative import SPACE, SPACE_REFERENCE, dataset_description, t1w_sidecar
+from brainldm.base.derivative import PHANTOM_STUDY_NAME, SPACE, SPACE_REFERENCE, dataset_description, t1w_sidecar
 from brainldm.base.files import write_json, write_text
 from brainldm.base.tables import write_table
 from brainldm.base.volume import Grid
@@ -60,7 +60,7 @@ def write_descriptions(
     out: Path, records: Sequence[Mapping[str, Any]], grid: Grid, seed: int, *, from_labels: bool
 ) -> None:
     """Writes everything but the images, after them: a study that was interrupted is not mistaken for a whole one."""
-    name = f"Phantom brains, seed {seed}, {grid.voxel_mm:g} mm"
+    name = f"{PHANTOM_STUDY_NAME}, seed {seed}, {grid.voxel_mm:g} mm"
     notice = _LABELS_NOTICE if from_labels else MNI_NOTICE
     readme = _README.format(
         name=name,

@@ -25,12 +25,14 @@ from brainldm.base.files import locked_folder, read_json, write_json, write_text
 from brainldm.base.manifest import Manifest
 from brainldm.base.pool import each_in_a_pool
 from brainldm.base.progress import Progress, Quiet
+from brainldm.base.tables import read_table
 from brainldm.base.volume import grid_named
 from brainldm.cohort.bids import Failure, Scan, Study, read_study
 from brainldm.cohort.cohort_tables import CohortPerson, write_cohort_tables
 from brainldm.cohort.dataset import FORMAT, KIND, read_prepared_json
 from brainldm.cohort.prepare_config import PrepareConfig, ScanTask
-from brainldm.cohort.split import assign_splits, moved_people
+from brainldm.cohort.source import is_source_of
+from brainldm.cohort.split import SPLITS, Split, assign_splits, moved_people
 from brainldm.cohort.unires import unires_python
 
 __all__ = ["PrepareConfig", "PrepareSummary", "prepare_study"]
@@ -106,7 +108,7 @@ def prepare_study(
                 progress.advance(1, task.scan.participant_id)
         records = list(_proven(out, manifest).values())
         _write_manifest(manifest, records)
-        people = _people(scans, records, volumes)
+        people = _people(scans, records, volumes, config)
         people, refused = _duplicates(people, config)
         failures += refused + _left_over(study, records)
         summary = _finish(out, study, config, facts, people, failures, newly_prepared, begun)
@@ -249,7 +251,7 @@ def _facts(study: Study, config: PrepareConfig, earlier: Mapping[str, Any]) -> d
         "grid": grid_named(config.grid).to_json(),
         "config": config.to_json(),
         "preprocessing": earlier.get("preprocessing", {}),
-        "source": {"name": study.name},
+        "source": {"name": study.name, "phantoms": (study.root / "phantom.json").is_file()},
         "moved_to_fill_a_split": earlier.get("moved_to_fill_a_split"),
         "versions": {"brainldm": brainldm.__version__} | {p: importlib.metadata.version(p) for p in packages},
     }
@@ -273,7 +275,7 @@ def _what_is_missing(
     run that was killed the same indices again.
     """
     proven = _proven(out, manifest)
-    done = {s.participant_id for s in scans if _is_current(proven.get(s.participant_id), s)}
+    done = {s.participant_id for s in scans if _is_current(proven.get(s.participant_id), s, config)}
     taken = {record["index"] for record in proven.values()}
     free = (i for i in range(len(scans) + len(taken) + 1) if i not in taken)
     tasks = []
@@ -286,14 +288,9 @@ def _what_is_missing(
     return tasks, done
 
 
-def _is_current(record: Mapping[str, Any] | None, scan: Scan) -> bool:
+def _is_current(record: Mapping[str, Any] | None, scan: Scan, config: PrepareConfig) -> bool:
     """Whether the record is of this scan file and not of another or of an earlier one of that name."""
-    if record is None or record["source"] != scan.file:
-        return False
-    try:
-        return bool(record["source_bytes"] == scan.path.stat().st_size)
-    except OSError:
-        return False
+    return record is not None and is_source_of(record, scan, scan.mask if config.uses_masks else None)
 
 
 def _prepared(task: ScanTask) -> dict[str, Any]:
@@ -336,13 +333,16 @@ def _failure(scan: Scan, error: Exception, root: Path) -> Failure:
 
 
 def _people(
-    scans: Sequence[Scan], records: Sequence[dict[str, Any]], volumes: Mapping[str, Mapping[str, float]]
+    scans: Sequence[Scan],
+    records: Sequence[dict[str, Any]],
+    volumes: Mapping[str, Mapping[str, float]],
+    config: PrepareConfig,
 ) -> list[CohortPerson]:
     by_id = {r["participant_id"]: r for r in records}
     people = []
     for scan in scans:
         record = by_id.get(scan.participant_id)
-        if record is not None and _is_current(record, scan):
+        if record is not None and _is_current(record, scan, config):
             known = volumes.get(scan.participant_id) or record["measured"]
             people.append(CohortPerson(scan, record, float(known["ventricles_mm3"]), float(known["brain_mm3"])))
     return people
@@ -377,6 +377,15 @@ def _left_over(study: Study, records: Sequence[Mapping[str, Any]]) -> list[Failu
     ]
 
 
+def _splits_before(out: Path) -> dict[str, Split]:
+    """Who was in which split when this cohort was last finished; nobody where it was not."""
+    path = out / "participants.tsv"
+    if not path.is_file():
+        return {}
+    rows = read_table(path).rows
+    return {row["participant_id"]: split for row in rows for split in SPLITS if row.get("split") == split}
+
+
 def _finish(
     out: Path,
     study: Study,
@@ -387,9 +396,14 @@ def _finish(
     newly_prepared: int,
     begun: float,
 ) -> PrepareSummary:
+    before = _splits_before(out)
     moved = facts["moved_to_fill_a_split"]
-    # One scan under several ids must not be on both sides of a split: they go where the first of them is.
-    first_of = {p.id: min((p.id, *p.same_image_as)) for p in people}
+    # One scan under several ids must not be on both sides of a split: they go where the first of them is, or was before
+    # others came. Nobody who was in a split changes sides.
+    first_of = {p.id: min((p.id, *p.same_image_as), key=lambda i: (i not in before, i)) for p in people}
+    if before:
+        there = {first: before[first] for first in set(first_of.values()) if first in before}
+        moved = (moved or {}) | moved_people(there, seed=config.seed, holdout=config.holdout)
     of_first = assign_splits(set(first_of.values()), seed=config.seed, holdout=config.holdout, moved=moved)
     splits = {i: of_first[first] for i, first in first_of.items()}
     moved_now = (moved or {}) | moved_people(of_first, seed=config.seed, holdout=config.holdout)

@@ -42,6 +42,14 @@ class PrepareConfig:
         check_holdout(self.holdout)
         if self.percentile is not None and not 50 < self.percentile <= 100:
             raise UsageError(f"percentile is {self.percentile:g}.", remedy="It must be above 50 and at most 100.")
+        if self.skull == "keep" and self.strip_with != "template":
+            raise UsageError(
+                f"skulls were to be stripped with {self.strip_with}, and to be kept.", remedy="Add --skull strip."
+            )
+        if self.strip_with == "deepbet" and self.masks is not None:
+            raise UsageError(
+                "masks were given, and skulls to be stripped with deepbet.", remedy="Leave one of them out."
+            )
         if self.skull == "keep" and self.masks is not None:
             raise UsageError("brain masks were given, and the skull is to be kept.", remedy="Add --skull strip.")
         if self.register == "unires" and self.uses_masks:

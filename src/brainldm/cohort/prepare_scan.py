@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from brainldm.base.covariates import implausible
 from brainldm.base.derivative import SPACE
 from brainldm.base.errors import BadInput
-from brainldm.base.files import write_json
+from brainldm.base.files import sha256_of, write_json
 from brainldm.base.nifti import read_nifti, write_nifti
 from brainldm.base.volume import Volume, grid_named
 from brainldm.cohort.bids import Scan
@@ -30,6 +31,7 @@ from brainldm.cohort.register import (
     resample_to_grid,
 )
 from brainldm.cohort.skull import brain_mask
+from brainldm.cohort.source import stamp_of
 from brainldm.cohort.template import load_template
 from brainldm.cohort.unires import aligned_by_unires
 
@@ -47,10 +49,11 @@ def image_file(participant_id: str) -> str:
 def prepare_scan(task: ScanTask) -> dict[str, Any]:
     """Prepares one scan, writes its files and returns its manifest record; BadInput when the scan is unusable."""
     scan, config, grid = task.scan, task.config, grid_named(task.config.grid)
-    native, source_bytes = _read_unchanged(scan.path, config)
+    native = _read_unchanged(scan.path, config)
     voxels_sha256 = hashlib.sha256(repr(native.shape_XYZ).encode() + native.data_XYZ.tobytes()).hexdigest()
-    mask = _read_mask(scan.mask, native) if scan.mask is not None and config.uses_masks else None
-    native = Volume(background_at_zero(native.data_XYZ), native.affine, native.notes)
+    mask_path = scan.mask if config.uses_masks else None
+    mask = None if mask_path is None else _read_mask(mask_path, native)
+    unscaled, native = native, Volume(background_at_zero(native.data_XYZ), native.affine, native.notes)
 
     registration = _registration(scan, native, mask, config, measure=task.measure)
     notes, quality = [*scan.notes, *native.notes], dict(registration.quality)
@@ -58,7 +61,7 @@ def prepare_scan(task: ScanTask) -> dict[str, Any]:
 
     placed, placing = native, registration
     if config.register == "unires":
-        aligned = aligned_by_unires(scan.path)
+        aligned = aligned_by_unires(unscaled, scan.path)
         placed = Volume(background_at_zero(aligned.data_XYZ), aligned.affine)
         placing = register_to_template(placed, aligned=True)
     stripped = is_skull_stripped(placed)
@@ -73,6 +76,14 @@ def prepare_scan(task: ScanTask) -> dict[str, Any]:
     if task.measure:
         # What UniRes gives is scaled, and ventricles are wanted as they are in the scan.
         result = TemplateMeasure()(native if config.register == "unires" else placed, registration)
+        for name in ("ventricles_mm3", "brain_mm3"):
+            if fault := implausible(name, getattr(result, name)):
+                raise BadInput(
+                    f"the {name.removesuffix('_mm3')} measured in it {fault}: {getattr(result, name):.0f} mm^3.",
+                    remedy="Look at this scan: it may be no T1-weighted image of a head, or lie askew.",
+                    path=scan.path,
+                    reason="not_measurable",
+                )
         measured = {
             "ventricles_mm3": round(result.ventricles_mm3, 1),
             "brain_mm3": round(result.brain_mm3, 1),
@@ -114,7 +125,8 @@ def prepare_scan(task: ScanTask) -> dict[str, Any]:
         "bytes": written.bytes,
         "sha256": written.sha256,
         "source": scan.file,
-        "source_bytes": source_bytes,
+        **stamp_of(scan.path),
+        "mask_sha256": None if mask_path is None else sha256_of(mask_path),
         "voxels_sha256": voxels_sha256,
         "stripped": stripped,
         "measured": measured,
@@ -124,8 +136,8 @@ def prepare_scan(task: ScanTask) -> dict[str, Any]:
     }
 
 
-def _read_unchanged(path: Path, config: PrepareConfig) -> tuple[Volume, int]:
-    """The scan and its size; BadInput when somebody wrote to the file meanwhile."""
+def _read_unchanged(path: Path, config: PrepareConfig) -> Volume:
+    """The scan; BadInput when somebody wrote to the file meanwhile."""
     before = path.stat() if path.exists() else None
     volume = read_nifti(
         path, nan=config.nan, volume_index=config.volume_index, assume_orientation=config.assume_orientation
@@ -138,7 +150,7 @@ def _read_unchanged(path: Path, config: PrepareConfig) -> tuple[Volume, int]:
             path=path,
             reason="changed",
         )
-    return volume, after.st_size
+    return volume
 
 
 def _read_mask(path: Path, scan: Volume) -> Volume:

@@ -41,6 +41,7 @@ _TURNS_DEGREES = [(0, 0, 0)] + [
 ]
 # A mutual information (negative, at 8 mm) that only a brain lying right reaches; turned ones stay above -0.8.
 GOOD_START = -0.9
+_WHOLE_HEAD_SCALE = 0.92  # of a scan on the template; skin and neck say little of the brain's size
 # Below this correlation with the template (over its brain, after the affine) somebody should look at the overlay.
 POOR_CORRELATION = 0.6
 BACKGROUND_SHARE = 0.02  # of the bright end; tissue, CSF too, is well above it in T1w
@@ -258,7 +259,7 @@ def _starts(moving: Volume, skull_stripped: bool) -> list[np.ndarray]:
         scale = float(np.clip((inside_mm3 / load_template(2).head_mm3) ** (1 / 3), 0.7, 1.15))
         centres = [_centre_of_mass(coarse)]
     else:
-        scale = 0.92
+        scale = _WHOLE_HEAD_SCALE
         lit = coarse.data_XYZ > 0.2
         voxels = np.argwhere(lit) @ coarse.affine[:3, :3].T + coarse.affine[:3, 3]
         centre, top = voxels.mean(axis=0), float(np.percentile(voxels[:, 2], 99.5))
@@ -281,7 +282,7 @@ def _affine(moving: Volume, starts: Sequence[np.ndarray], *, aligned: bool, skul
     if aligned:
         best = starts[0]
         # A head that keeps its size is smaller than the template, which centres both at the same place.
-        best = _scaled_about_centre(best, _size_ratio(moving))
+        best = _scaled_about_centre(best, _size_ratio(moving) if skull_stripped else _WHOLE_HEAD_SCALE)
     else:
         best = _best_start(moving, starts, margin_mm)
         best, _ = _optimised(moving, best, MIDDLE_MM, margin_mm, kind="similarity")

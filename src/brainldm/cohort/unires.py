@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from brainldm.base.errors import BadInput, EnvironmentProblem
-from brainldm.base.nifti import read_nifti
+from brainldm.base.nifti import read_nifti, write_nifti
 from brainldm.base.volume import Volume
 
 PYTHON_VARIABLE = "BRAINLDM_UNIRES_PYTHON"
@@ -81,11 +81,12 @@ def _can_import_unires(python: str) -> bool:
     return done.returncode == 0
 
 
-def aligned_by_unires(path: Path) -> Volume:
-    """The scan as UniRes aligns and reslices it: 1 mm, the common grid of all its outputs. BadInput when it fails."""
+def aligned_by_unires(scan: Volume, path: Path) -> Volume:
+    """`scan`, which was read from `path`, as UniRes aligns and reslices it: 1 mm, the common grid of all its outputs.
+    BadInput when it fails."""
     with tempfile.TemporaryDirectory(prefix="brainldm-unires-") as folder:
         source = Path(folder) / "scan.nii.gz"
-        source.symlink_to(path.resolve())
+        write_nifti(source, scan.data_XYZ, scan.affine, dtype="float32")
         target = Path(folder) / "out"
         target.mkdir()
         done = subprocess.run(
