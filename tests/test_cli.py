@@ -102,6 +102,27 @@ def test_generate_and_describe(tiny_run: Path, tmp_path: Path) -> None:
     assert json.loads(run("info", tiny_run / "model", "--json").stdout)["weights"]["unet.safetensors"] == "whole"
 
 
+def test_what_would_be_passed_over_is_refused(tiny_cohort: Path, tiny_run: Path, tmp_path: Path) -> None:
+    for recipe in ("lsgan", "age"):
+        planned = run("train", recipe, "--data", tiny_cohort, "--out", tmp_path / "run", "--dry-run")
+        assert planned.returncode == 0 and "learning_rate" in json.loads(planned.stdout)
+        staged = run("train", recipe, "--data", tiny_cohort, "--out", tmp_path / "run", "--stage", "diffusion")
+        assert staged.returncode == 2 and "--stage" in staged.stderr
+    wide = run("train", "age", "--data", tiny_cohort, "--out", tmp_path / "run", "--averaging", "100")
+    assert wide.returncode == 2 and "averaging over 100 voxels" in wide.stderr
+    assert not (tmp_path / "run").exists()
+    unreal = run("evaluate", tiny_run, "--out", tmp_path / "judged", "--held-out")
+    assert unreal.returncode == 2 and "--real" in unreal.stderr
+
+
+def test_the_work_goes_on_when_nobody_reads(tiny_run: Path, tmp_path: Path) -> None:
+    command = [*COMMAND, *map(str, ("generate", tiny_run, tmp_path / "out", "--n", 1, "--steps", 2))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0, process.stderr.read()
+    assert len(list((tmp_path / "out").rglob("*_T1w.nii.gz"))) == 1
+
+
 def test_volumes_need_a_unit_and_a_plan_stands_alone(tiny_run: Path, tmp_path: Path) -> None:
     unitless = run("generate", tiny_run, tmp_path / "out", "--ventricles", "40")
     assert unitless.returncode == 2

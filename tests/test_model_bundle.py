@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from brainldm.base.covariates import PAPER_RANGES
 from brainldm.base.errors import BadInput, UsageError
 from brainldm.model import bundle
 from brainldm.model.bundle import PUBLISHED, PublishedFile, export_monai, import_monai, read_checkpoint
@@ -273,6 +274,9 @@ def test_an_export_replaces_no_file(model_folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "model.pt").read_bytes() == b"the published one"
 
 
+OTHER_AGES = {**PAPER_RANGES.to_json(), "age_years": {"low": 20.0, "high": 90.0, "units": "year"}}
+
+
 @pytest.mark.parametrize(
     ("part", "change", "told"),
     [
@@ -281,6 +285,12 @@ def test_an_export_replaces_no_file(model_folder: Path, tmp_path: Path) -> None:
         ("schedule", {"steps": 500}, "noise schedule"),
         ("autoencoder", {"norm_groups": 16}, r"\(groups, epsilon\) \(16, 1e-06\), \(32, 1e-06\)"),
         ("unet", {"head_channels": [0, 16]}, "32 channels into heads of 16"),
+        ("grid", {"network_x": "left_to_right"}, "another grid or run from left to right"),
+        (
+            "covariates",
+            {"ranges": OTHER_AGES},
+            "ranges of its own",
+        ),
     ],
 )
 def test_what_the_files_cannot_tell_is_not_exported(

@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -208,6 +208,7 @@ def train(
         shard=shard,
         start_from=start_from,
         averaging=averaging,
+        stage=None if stage == "all" else stage,
     )
     if recipe in ("age", "sex"):
         _train_predictor(
@@ -219,6 +220,7 @@ def train(
             averaging=averaging,
             device=device,
             precision=precision,
+            dry_run=dry_run,
         )
         return
     if recipe in ("lsgan", "vaegan"):
@@ -232,6 +234,7 @@ def train(
             precision=precision,
             cache=cache,
             tensorboard=tensorboard,
+            dry_run=dry_run,
         )
         return
     from brainldm.recipes import recipe_named
@@ -300,12 +303,16 @@ def _train_baseline(
     precision: str,
     cache: Path | None,
     tensorboard: bool,
+    dry_run: bool,
 ) -> None:
     from brainldm.cohort.dataset import PreparedCohort
     from brainldm.recipes.gan import baseline
     from brainldm.train.gan_run import train_gan
 
     config = baseline(kind, PreparedCohort.open(data).grid.shape_XYZ)
+    if dry_run:
+        _say(json.dumps(asdict(config), indent=2))
+        return
     with _progress() as progress:
         summary = train_gan(
             config,
@@ -332,16 +339,21 @@ def _train_predictor(
     averaging: int | None,
     device: str,
     precision: str,
+    dry_run: bool,
 ) -> None:
     from brainldm.train.config import PredictorConfig
     from brainldm.train.predictor_run import train_predictor
 
+    config = PredictorConfig() if averaging is None else PredictorConfig(averaging=averaging)
+    if dry_run:
+        _say(json.dumps(asdict(config), indent=2))
+        return
     with _progress() as progress:
         predictor = train_predictor(
             what,
             data,
             out,
-            config=PredictorConfig(averaging=averaging or 1),
+            config=config,
             steps=steps,
             minutes=minutes,
             device=device,
@@ -477,7 +489,7 @@ def generate(
         device=device,
         precision="fp32" if exact else precision,
         max_memory=max_memory,
-        may_shrink_batch=batch is None,
+        may_shrink_batch=batch is None and not exact,
         begun=out,
         compiles=compile_,
         say=_say,
@@ -808,9 +820,11 @@ def evaluate(
     workers: Workers = 1,
 ) -> None:
     """Judges a folder of brains: does it obey, is it diverse, how far is it from real ones. Writes scorecard.json."""
-    from brainldm.base.errors import PartialFailure
+    from brainldm.base.errors import PartialFailure, UsageError
     from brainldm.evaluate.scorecard import evaluate_dataset
 
+    if real is None and (held_out or hide_real):
+        raise UsageError("--held-out and --hide-real are about real people.", remedy="Name them: --real COHORT.")
     with _progress() as progress:
         scorecard = evaluate_dataset(
             synth,
@@ -957,7 +971,11 @@ def _show(content: dict, *, as_json: bool) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)  # noqa: T201
+    try:
+        print(text, flush=True)  # noqa: T201
+    except BrokenPipeError:
+        # Whoever read is gone (`| head`): the work goes on, and nothing more is said.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _progress():  # type: ignore[no-untyped-def]  # a context manager of base.progress, imported late
@@ -994,10 +1012,6 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     except KeyboardInterrupt:
         _complain("interrupted. What was finished is kept; the same command goes on with the rest.")
         return 130
-    except BrokenPipeError:
-        # The reader of our output is gone (`| head`): nothing is left to say.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         if debug:
             raise

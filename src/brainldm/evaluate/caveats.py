@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from brainldm.base.covariates import CONTINUOUS
+from brainldm.base.derivative import are_phantoms
 from brainldm.evaluate.diversity import SCALE_WEIGHTS, scale_weights
 from brainldm.evaluate.examine import Examination
 from brainldm.evaluate.images import ImageFolder
@@ -23,7 +23,7 @@ def caveats(made: ImageFolder, people: ImageFolder | None, found: Findings) -> t
     """All that applies to this evaluation, the weightiest first."""
     said: list[str] = []
     if people is not None and found.copies is not None:
-        phantoms = "phantom" in json.dumps(people.provenance).lower()
+        phantoms = are_phantoms(people.provenance)
         said += _of_copies(made, people, found, found.copies, phantoms)
         if phantoms:
             said.append(

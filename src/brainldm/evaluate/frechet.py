@@ -62,7 +62,9 @@ def frechet_distance(first_NF: np.ndarray, second_MF: np.ndarray) -> float:
 
 def _smaller_root(x_NF: np.ndarray) -> np.ndarray:
     """R with R'R = X'X and no more rows than features."""
-    return x_NF if x_NF.shape[0] <= x_NF.shape[1] else linalg.qr(x_NF, mode="r")[0][: x_NF.shape[1]]
+    if x_NF.shape[0] <= x_NF.shape[1]:
+        return x_NF
+    return np.asarray(np.linalg.qr(x_NF, mode="r"))  # scipy's has as many rows as there are images
 
 
 def kernel_distance(first_NF: np.ndarray, second_MF: np.ndarray) -> Estimate:

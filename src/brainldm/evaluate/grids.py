@@ -75,10 +75,13 @@ def grid_of_file(path: Path) -> JudgingGrid | None:
     try:
         if not path.is_file():
             return None
-        image = nibabel.as_closest_canonical(nibabel.load(path))
+        image = nibabel.load(path)
         if len(image.shape) < 3:
             return None
-        return JudgingGrid.of(image.shape[:3], image.affine)
+        # Turned to RAS+ by the header alone: nibabel's as_closest_canonical would read the voxels of every image.
+        shape, orientation = image.shape[:3], nibabel.orientations.io_orientation(image.affine)
+        turned = tuple(int(shape[axis]) for axis in np.argsort(orientation[:, 0]))
+        return JudgingGrid.of(turned, image.affine @ nibabel.orientations.inv_ornt_aff(orientation, shape))
     except Exception:  # whatever a broken header makes nibabel raise
         return None
 

@@ -43,8 +43,17 @@ from brainldm.evaluate.rows import Row
 
 SCHEMA = "brainldm scorecard"
 SCHEMA_VERSION = 1
-OURS = {"scorecard.json", "scorecard.tsv", "measured.jsonl", "index.html", "failures.tsv"}
-_OF_THE_WHOLE = ("scorecard.json", "failures.tsv", "learning_curves.json", "gate.tsv", "regions.tsv")
+OURS = {"scorecard.json", "measured.jsonl", "measured.tsv", "index.html", "failures.tsv"}
+_OF_THE_WHOLE = (
+    "scorecard.json",
+    "scorecard.tsv",
+    "scorecard.md",
+    "index.html",
+    "failures.tsv",
+    "learning_curves.json",
+    "gate.tsv",
+    "regions.tsv",
+)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from brainldm.evaluate.memorisation import distances, memorisation, voxel_featur
 from brainldm.evaluate.pool import each
 from brainldm.evaluate.scorecard import Scorecard, evaluate_folders, feature_spaces
 
-MIN_PEOPLE = 8
+MIN_PEOPLE, MOST_PEOPLE = 8, 500
 NOISE = 0.02  # standard deviation, of the intensity range
 COARSER = 4 / 3  # voxels of a resampled copy, in voxels of the original
 WARP_MM, WARP_SMOOTHNESS_MM = 1.0, 12.0
@@ -147,13 +147,13 @@ def validate(
 ) -> Validation:
     """Runs all three on the people in `folder` (a prepared cohort, or images that lie in one space) and writes `out`.
     Images that cannot be judged are listed in `.failures` and in validation.json, and the rest is used. `measure` finds
-    volumes, by default the instrument without trained weights.
+    volumes, by default the instrument without trained weights. Of more than MOST_PEOPLE, so many drawn at random.
 
     BadInput where there are fewer than MIN_PEOPLE.
     """
     people = open_images(folder, "real")
     grid = judging_grid([[image.path for image in people.images]])
-    found = Examination((), ()) if grid is None else _looked_at(people, grid, workers, progress)
+    found = Examination((), ()) if grid is None else _looked_at(people, grid, seed, workers, progress)
     looks = found.images
     if grid is None or len(looks) < MIN_PEOPLE:
         raise BadInput(
@@ -181,9 +181,14 @@ def validate(
     return validation
 
 
-def _looked_at(people: ImageFolder, grid: JudgingGrid, workers: int, progress: Progress) -> Examination:
-    files = {image.file for image in people.images}
-    return examine(people.images, "real", grid, sketched=files, workers=workers, progress=progress)
+def _looked_at(people: ImageFolder, grid: JudgingGrid, seed: int, workers: int, progress: Progress) -> Examination:
+    """At most MOST_PEOPLE of them, drawn at random: everybody's copies are in memory together."""
+    images = people.images
+    if len(images) > MOST_PEOPLE:
+        drawn = stream(seed, "evaluate/validated").choice(len(images), MOST_PEOPLE, replace=False)
+        images = tuple(images[i] for i in sorted(drawn.tolist()))
+    files = {image.file for image in images}
+    return examine(images, "real", grid, sketched=files, workers=workers, progress=progress)
 
 
 # ------------------------------------------------------------------------------------------------------ altered copies

@@ -73,6 +73,11 @@ def start(
         raise UsageError("--compile is for CUDA; on a CPU weights are packed instead.", remedy="Leave --compile out.")
     brains = "1 brain" if len(rows) == 1 else f"{len(rows)} brains"
     if isinstance(description, GanDescription):
+        if max_memory is not None or compiles:
+            raise UsageError(
+                "--max-memory and --compile are for latent diffusion; a GAN makes an image in one pass.",
+                remedy="Leave them out.",
+            )
         say(f"{brains}, one pass each, on {told_precision(where, chosen)}.")
         return Ready(model, settings, where, chosen, MemoryPlan(), 0.0)
     limit = None if max_memory is None else parse_memory(max_memory)

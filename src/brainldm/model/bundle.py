@@ -174,6 +174,10 @@ def _untold(model: LatentDiffusion) -> str:
         or description.covariates.scaling != "min_max"
     ):
         return "its latents or its covariates reach the U-Net in a way of its own"
+    if description.covariates.ranges != CovariatesDescription(ranges=PAPER_RANGES.to_json()).ranges:
+        return "it was told covariates on ranges of its own"
+    if description.grid != GridDescription.of(GRIDS["paper"], network_x="right_to_left"):
+        return "its images lie on another grid or run from left to right"
     return ""
 
 

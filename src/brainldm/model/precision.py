@@ -13,7 +13,12 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device of that name; `auto` takes CUDA where it is, else the CPU. UsageError where it is not there."""
+    """The device of that name; `auto` takes CUDA where it is, else the CPU. UsageError where it is not there.
+
+    On CUDA float32 convolutions are computed in float32 from then on: torch's default, TF32, keeps 10 bits of a factor.
+    """
+    if torch.cuda.is_available():
+        torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -117,7 +117,9 @@ def _summary(results: Results) -> str:
         made += f", made by the model “{model['name']}”"
         if model.get("training_images") is not None:
             made += f" (trained on {model['training_images']} images)"
-        if generation.get("sampler"):
+        if generation.get("sampler") == "none":  # a GAN's
+            made += f" in one pass from seed {generation.get('seed')}"
+        elif generation.get("sampler"):
             steps = generation.get("steps")
             made += f" with {str(generation['sampler']).upper()}{f' in {steps} steps' if steps else ''}"
             made += f" from seed {generation.get('seed')}"

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from brainldm.base.covariates import CONTINUOUS, COVARIATES
+from brainldm.base.derivative import are_phantoms
 from brainldm.base.errors import BadInput, BrainldmError
 from brainldm.base.files import read_json
 from brainldm.base.manifest import Manifest
@@ -61,7 +62,7 @@ class Results:
     @property
     def phantoms(self) -> bool:
         """Whether the reference people are made up."""
-        return "phantom" in str(self.scorecard.get("real")).lower()
+        return are_phantoms((self.scorecard.get("real") or {}).get("provenance", {}))
 
 
 def read_results(folder: Path) -> Results:

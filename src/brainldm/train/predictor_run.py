@@ -23,6 +23,7 @@ from brainldm.base.streams import stream
 from brainldm.cohort.dataset import PreparedCohort, VolumeDataset, check_trainable
 from brainldm.cohort.predictor import Predictor, Target, write_predictor
 from brainldm.model.precision import choose_device, choose_precision
+from brainldm.nets.cole import ColeConfig
 from brainldm.train.config import PredictorConfig
 from brainldm.train.distributed import one_process_only
 from brainldm.train.loop import run_stage
@@ -57,6 +58,13 @@ def train_predictor(
     check_trainable(people, config.batch)
     _check_varied(people, target)
     where = choose_device(device)
+    try:
+        ColeConfig.fitting(cohort.grid.shape_XYZ, config.averaging)
+    except (ValueError, ZeroDivisionError) as error:
+        raise UsageError(
+            f"averaging over {config.averaging} voxels does not suit images of {cohort.grid.shape_XYZ}: {error}.",
+            remedy="Choose a smaller --averaging, 1 or more.",
+        ) from error
     with locked_folder(out):
         record_run(out, {"predictor": what, "config": asdict(config), "seed": seed, "cohort": cohort.digest})
         stage = PredictorStage(
