@@ -116,6 +116,20 @@ def test_masks_are_found_beside_and_among_the_derivatives(tmp_path: Path) -> Non
     assert masks["sub-1"] is not None and masks["sub-2"] is not None
     assert masks["sub-3"] is None, "a lesion is no brain"
     assert masks["sub-4"] is None, "that mask lies in another space than the scan"
+    runs = study(
+        tmp_path / "runs",
+        f"{HEADER}\nsub-1\t20\tF\nsub-2\t20\tF\nsub-3\t20\tF\n",
+        *(f"sub-{i}/anat/sub-{i}_run-{run}_T1w.nii.gz" for i in (1, 2) for run in (1, 2)),
+        "sub-1/anat/sub-1_run-2_desc-brain_mask.nii.gz",
+        "sub-2/anat/sub-2_desc-brain_mask.nii.gz",
+        "sub-2/anat/sub-2_run-1_desc-brain_mask.nii.gz",
+        "sub-3/ses-a/anat/sub-3_ses-a_T1w.nii.gz",
+        "sub-3/ses-a/anat/sub-3_desc-brain_mask.nii.gz",
+    )
+    of_runs = {s.participant_id: s.mask for s in read_study(runs).scans}
+    assert of_runs["sub-1"] is None, "that mask is of the run that is not used"
+    assert of_runs["sub-2"] is not None and of_runs["sub-2"].name == "sub-2_run-1_desc-brain_mask.nii.gz"
+    assert of_runs["sub-3"] is not None, "the folder names the session"
     given_masks = study(tmp_path / "m", None, "sub-1_mask.nii.gz", "sub-3/anat/sub-3_desc-brain_mask.nii.gz")
     assert len(read_study(folder, masks=given_masks).scans) == 4
     found = read_study(folder, masks=given_masks, need_masks=True)

@@ -10,7 +10,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def read_study(folder: str | Path, *, masks: str | Path | None = None, need_mask
         raise _no_images(root, failures)
     table = _read_participants(root)
     people, faults = _People.read(table, _column_meanings(root)), list(failures)
-    mask_of = _find_masks(root if masks is None else Path(masks), given=masks is not None)
+    found_masks = _find_masks(root if masks is None else Path(masks), given=masks is not None)
 
     scans: list[Scan] = []
     met: set[int] = set()
@@ -116,7 +116,7 @@ def read_study(folder: str | Path, *, masks: str | Path | None = None, need_mask
                 sex,
                 age_years,
                 people.others(row),
-                mask_of.get((participant_id, chosen.session, chosen.space)),
+                _mask_of(participant_id, chosen, found_masks),
                 notes,
             )
         )
@@ -287,19 +287,37 @@ def _is_dicom(path: Path) -> bool:
         return False
 
 
-def _find_masks(root: Path, *, given: bool) -> dict[tuple[str, str, str], Path]:
-    """Brain masks by participant, session and space; the first by path where there are several."""
+def _mask_of(participant_id: str, scan: _Image, masks: Mapping[tuple[str, str, str], Sequence[Path]]) -> Path | None:
+    """The brain mask that names the scan most closely, and nothing that the scan is not: a mask of run 2 is none of
+    run 1. The first by path where several do."""
+    wanted = _entities(scan.path.name)
+
+    def named(path: Path) -> dict[str, str]:
+        return {name: value for name, value in _entities(path.name).items() if name in ("run", "acq", "rec", "ce")}
+
+    fitting = [
+        path
+        for path in masks.get((participant_id, scan.session, scan.space), ())
+        if all(wanted.get(name) == value for name, value in named(path).items())
+    ]
+    return max(fitting, key=lambda path: len(named(path)), default=None)
+
+
+def _find_masks(root: Path, *, given: bool) -> dict[tuple[str, str, str], list[Path]]:
+    """Brain masks by participant, session (of the name, or of the folder) and space, in the order of their paths."""
     if given and not root.is_dir():
         raise BadInput("there is no such folder of masks.", remedy="Check the path.", path=root, reason="missing")
     patterns = ["sub-*/anat/*_mask.nii*", "sub-*/ses-*/anat/*_mask.nii*"]
     patterns += [f"derivatives/*/{p}" for p in patterns] + (["*_mask.nii*"] if given else [])
-    masks: dict[tuple[str, str, str], Path] = {}
+    masks: dict[tuple[str, str, str], list[Path]] = {}
     for path in sorted({p for pattern in patterns for p in root.glob(pattern)}):
         entities = _entities(path.name)
         if entities.get("desc", "brain") != "brain" or entities.get("label", "brain") != "brain":
             continue
-        session = f"ses-{entities['ses']}" if "ses" in entities else ""
-        masks.setdefault((_normal(f"sub-{entities.get('sub', '')}"), session, entities.get("space", "")), path)
+        folder = next((part for part in path.relative_to(root).parts[:-1] if part.startswith("ses-")), "")
+        session = f"ses-{entities['ses']}" if "ses" in entities else folder
+        key = _normal(f"sub-{entities.get('sub', '')}"), session, entities.get("space", "")
+        masks.setdefault(key, []).append(path)
     return masks
 
 
