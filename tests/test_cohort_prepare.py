@@ -398,15 +398,19 @@ def test_a_scan_replaced_by_one_of_the_same_size_is_prepared_again(tmp_path: Pat
     )
 
 
-def test_a_cohort_of_an_earlier_version_is_gone_on_with(tmp_path: Path, in_place: list[str]) -> None:
+def test_people_whom_an_earlier_version_prepared_otherwise_are_prepared_again(
+    tmp_path: Path, in_place: list[str]
+) -> None:
     study, out = write_study(tmp_path / "balls", 3), tmp_path / "out"
     prepare_study(study, out, CONFIG)
     manifest = Manifest(out / "manifest.jsonl")
     records = manifest.records()
     manifest.path.unlink()
     for record in records:
-        new = ("source_sha256", "source_mtime_ns", "mask_sha256")
-        manifest.append(**{name: value for name, value in record.items() if name not in new})
+        new = ("preparation", "source_sha256", "source_mtime_ns", "mask_sha256")
+        earlier = {name: value for name, value in record.items() if name not in new}
+        manifest.append(**(earlier if record["index"] == 1 else record))
+    assert prepare_study(study, out, CONFIG).newly_prepared == 1
     assert prepare_study(study, out, CONFIG).newly_prepared == 0
 
 

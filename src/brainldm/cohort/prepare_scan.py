@@ -16,7 +16,7 @@ from brainldm.base.covariates import implausible
 from brainldm.base.derivative import SPACE
 from brainldm.base.errors import BadInput
 from brainldm.base.files import sha256_of, write_json
-from brainldm.base.nifti import read_nifti, write_nifti
+from brainldm.base.nifti import check_is_regular_file, read_nifti, write_nifti
 from brainldm.base.volume import Volume, grid_named
 from brainldm.cohort.bids import Scan
 from brainldm.cohort.measure import TemplateMeasure
@@ -49,7 +49,7 @@ def image_file(participant_id: str) -> str:
 def prepare_scan(task: ScanTask) -> dict[str, Any]:
     """Prepares one scan, writes its files and returns its manifest record; BadInput when the scan is unusable."""
     scan, config, grid = task.scan, task.config, grid_named(task.config.grid)
-    native = _read_unchanged(scan.path, config)
+    native, stamp = _read_unchanged(scan.path, config)
     voxels_sha256 = hashlib.sha256(repr(native.shape_XYZ).encode() + native.data_XYZ.tobytes()).hexdigest()
     mask_path = scan.mask if config.uses_masks else None
     mask = None if mask_path is None else _read_mask(mask_path, native)
@@ -125,7 +125,7 @@ def prepare_scan(task: ScanTask) -> dict[str, Any]:
         "bytes": written.bytes,
         "sha256": written.sha256,
         "source": scan.file,
-        **stamp_of(scan.path),
+        **stamp,
         "mask_sha256": None if mask_path is None else sha256_of(mask_path),
         "voxels_sha256": voxels_sha256,
         "stripped": stripped,
@@ -136,21 +136,22 @@ def prepare_scan(task: ScanTask) -> dict[str, Any]:
     }
 
 
-def _read_unchanged(path: Path, config: PrepareConfig) -> Volume:
-    """The scan; BadInput when somebody wrote to the file meanwhile."""
-    before = path.stat() if path.exists() else None
+def _read_unchanged(path: Path, config: PrepareConfig) -> tuple[Volume, dict[str, Any]]:
+    """The scan and its stamp; BadInput when somebody wrote to the file meanwhile."""
+    check_is_regular_file(path)
+    stamp = stamp_of(path)
     volume = read_nifti(
         path, nan=config.nan, volume_index=config.volume_index, assume_orientation=config.assume_orientation
     )
     after = path.stat()
-    if before is None or (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+    if (stamp["source_bytes"], stamp["source_mtime_ns"]) != (after.st_size, after.st_mtime_ns):
         raise BadInput(
             "the file changed while it was read.",
             remedy="Wait until it is copied, then run the same command again.",
             path=path,
             reason="changed",
         )
-    return volume
+    return volume, stamp
 
 
 def _read_mask(path: Path, scan: Volume) -> Volume:

@@ -9,11 +9,17 @@ from typing import Any
 from brainldm.base.files import sha256_of
 from brainldm.cohort.bids import Scan
 
+# To be raised whenever a scan would be prepared, or measured, otherwise than before: people of both ways are not mixed.
+# 2: whole heads in MNI space begin at the size of a brain.
+PREPARATION = 2
+
 
 def stamp_of(path: Path) -> dict[str, Any]:
-    """What tells a file from another of its name: size, time of writing (looked at first) and SHA-256."""
+    """What tells a file from another of its name: size, time of writing (looked at first) and SHA-256; and which
+    preparation it went through."""
     status = path.stat()
     return {
+        "preparation": PREPARATION,
         "source_bytes": status.st_size,
         "source_mtime_ns": status.st_mtime_ns,
         "source_sha256": sha256_of(path),
@@ -21,14 +27,13 @@ def stamp_of(path: Path) -> dict[str, Any]:
 
 
 def is_source_of(record: Mapping[str, Any], scan: Scan, mask: Path | None) -> bool:
-    """Whether the record was made of this scan, and of this mask, as the files are now. Records of earlier versions
-    know a file by its size alone."""
+    """Whether the record was made of this scan and this mask, as the files are now, by this program's preparation."""
     try:
         status = scan.path.stat()
+        if record.get("preparation") != PREPARATION:
+            return False
         if record["source"] != scan.file or record["source_bytes"] != status.st_size:
             return False
-        if "source_sha256" not in record:
-            return True
         touched = record["source_mtime_ns"] != status.st_mtime_ns
         if touched and record["source_sha256"] != sha256_of(scan.path):
             return False
