@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from pathlib import Path
 
@@ -194,6 +195,8 @@ def test_storage_order_does_not_change_the_grid(tmp_path: Path) -> None:
     image = blob(2e4, 1)
     write_nifti(tmp_path / "las.nii.gz", image[::-1], flipped)
     assert grid_of_file(tmp_path / "las.nii.gz") == JudgingGrid.of(TINY.shape_XYZ, TINY.affine)
+    (tmp_path / "plain.nii.gz").write_bytes(gzip.decompress((tmp_path / "las.nii.gz").read_bytes()))
+    assert grid_of_file(tmp_path / "plain.nii.gz") == JudgingGrid.of(TINY.shape_XYZ, TINY.affine)
     grid = JudgingGrid.of(TINY.shape_XYZ, TINY.affine)
     assert np.allclose(on_grid(read_nifti(tmp_path / "las.nii.gz"), grid), image)
 

@@ -7,6 +7,7 @@ always read, and whatever had to be assumed is said in the volume's notes.
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import struct
 import zlib
@@ -29,6 +30,7 @@ MAX_INFLATION = 600
 MIN_VOXEL_MM, MAX_VOXEL_MM = 0.2, 8.0
 _UNIT_IN_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 _READABLE_KINDS = "iuf"
+_HEADER_READ_BYTES = 4096  # of a compressed file: 348 bytes swell from fewer
 
 Dtype = Literal["float32", "int16", "uint8", "int16_unit", "uint8_unit"]
 
@@ -72,6 +74,16 @@ def read_nifti(
         notes.append("header units were not mm; converted to mm")
     _check_affine(path, affine)
     return canonical(Volume(data_XYZ, affine, tuple(notes + value_notes)))
+
+
+def read_header(path: Path) -> nibabel.Nifti1Header:
+    """The header alone, compressed or not whatever the file's name says; nothing of it is checked. Raises whatever a
+    file that has none makes nibabel, zlib or the system raise."""
+    with path.open("rb") as file:
+        start = file.read(_HEADER_READ_BYTES)
+    if start[:2] == b"\x1f\x8b":
+        start = zlib.decompressobj(wbits=31).decompress(start, 348)
+    return nibabel.Nifti1Header.from_fileobj(io.BytesIO(start[:348]), check=False)
 
 
 def _checked_bytes(path: Path) -> tuple[bytes, list[str]]:

@@ -17,6 +17,7 @@ import numpy as np
 from scipy import ndimage
 
 from brainldm.base.errors import BadInput
+from brainldm.base.nifti import read_header
 from brainldm.base.volume import Volume
 
 # An image that covers less than this of the judging box has another field of view, so that it is not comparable.
@@ -75,13 +76,14 @@ def grid_of_file(path: Path) -> JudgingGrid | None:
     try:
         if not path.is_file():
             return None
-        image = nibabel.load(path)
-        if len(image.shape) < 3:
+        header = read_header(path)
+        shape, affine = header.get_data_shape()[:3], header.get_best_affine()
+        if len(shape) < 3:
             return None
         # Turned to RAS+ by the header alone: nibabel's as_closest_canonical would read the voxels of every image.
-        shape, orientation = image.shape[:3], nibabel.orientations.io_orientation(image.affine)
+        orientation = nibabel.orientations.io_orientation(affine)
         turned = tuple(int(shape[axis]) for axis in np.argsort(orientation[:, 0]))
-        return JudgingGrid.of(turned, image.affine @ nibabel.orientations.inv_ornt_aff(orientation, shape))
+        return JudgingGrid.of(turned, affine @ nibabel.orientations.inv_ornt_aff(orientation, shape))
     except Exception:  # whatever a broken header makes nibabel raise
         return None
 
