@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from brainldm.base.files import write_json
 from brainldm.base.manifest import Manifest
@@ -33,6 +34,12 @@ def real_data() -> Path:
     if not (folder / "oasis17").is_dir():
         pytest.skip(f"no real scans here: set BRAINLDM_TEST_DATA to a folder that holds oasis17/ (looked in {folder})")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test builds of torch's own random numbers is the same whichever tests ran before."""
+    torch.manual_seed(0)
 
 
 TINY_SHAPE_XYZ = (16, 24, 16)

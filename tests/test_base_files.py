@@ -10,7 +10,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -115,14 +114,18 @@ def test_a_folder_in_use_is_refused_and_says_by_whom(tmp_path: Path) -> None:
 def test_only_one_of_many_gets_the_lock(tmp_path: Path) -> None:
     script = (
         "import sys, time\nfrom brainldm.base.files import locked_folder\nfrom brainldm.base.errors import UsageError\n"
-        "try:\n    with locked_folder(sys.argv[1]):\n        print('got it', flush=True)\n        time.sleep(1.5)\n"
-        "except UsageError:\n    print('refused')"
+        "try:\n    with locked_folder(sys.argv[1]):\n        print('got it', flush=True)\n        sys.stdin.read()\n"
+        "except UsageError:\n    print('refused', flush=True)"
     )
     runs = [
-        subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         for _ in range(4)
     ]
-    said = sorted(run.communicate()[0].strip() for run in runs)
+    said = sorted(run.stdout.readline().strip() for run in runs)
+    for run in runs:
+        run.communicate()
     assert said == ["got it", "refused", "refused", "refused"]
 
 
@@ -220,10 +223,10 @@ def test_records_survive_kill_9(tmp_path: Path) -> None:
     )
     path = tmp_path / "m.jsonl"
     writer = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True)
-    time.sleep(0.4)
-    writer.kill()
     assert writer.stdout is not None
-    said = [int(line) for line in writer.stdout.read().split("\n")[:-1]]
+    said = [int(writer.stdout.readline()) for _ in range(20)]
+    writer.kill()
+    said += [int(line) for line in writer.stdout.read().split("\n")[:-1]]
     writer.wait()
     kept = [r["index"] for r in Manifest(path).records()]
     assert kept == list(range(len(kept)))

@@ -165,13 +165,12 @@ def test_a_gzip_bomb_is_refused_within_bounded_memory(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(bytes(header) + bytes(1 << 26), 9) + gzip.compress(bytes(1 << 26), 9) * 15)
     assert path.stat().st_size < 1.2e6  # and a gigabyte inside
     script = (
-        "import resource, sys\n"
+        "import sys\n"
         "from brainldm.base.nifti import read_nifti\n"
         "from brainldm.base.errors import BadInput\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try:\n    read_nifti(sys.argv[1])\n"
         "except BadInput as error:\n    print(error.reason)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
     reason, kilobytes = done.stdout.split()
@@ -448,8 +447,13 @@ def test_any_flipped_bit_or_cut_of_a_compressed_scan_is_found(at: int, bit: int,
     path.write_bytes(WHOLE[:at] if cut else damaged)
     if not cut and at < 10:
         return
-    with pytest.raises(BadInput):
-        read_nifti(path)
+    try:
+        found = read_nifti(path)
+    except BadInput:
+        return
+    assert not cut  # bits that fill up deflate's last byte mean nothing
+    path.write_bytes(WHOLE)
+    np.testing.assert_array_equal(found.data_XYZ, read_nifti(path).data_XYZ)
 
 
 # ------------------------------------------------------------------------------------------------------------ writing

@@ -18,6 +18,7 @@ from brainldm.base.volume import Volume
 from brainldm.cohort.measure import Measured
 from brainldm.generate.plan import make_plan
 from brainldm.generate.run import GenerateSettings, generate, row_noise
+from brainldm.generate.start import start
 from brainldm.model.description import ResponseDescription
 from brainldm.model.folder import load_latent_diffusion, read_description
 from brainldm.model.response import fitted_lines, own_slopes, told_for
@@ -96,7 +97,8 @@ def brains(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     out = tmp_path_factory.mktemp("calibration") / "out"
     model = load_latent_diffusion(tiny_run)
     rows = make_plan({}, n=40, seed=1, ranges=model.ranges, joint=model.joint)
-    generate(model, out / "brains", rows, GenerateSettings(seed=1))
+    ready = start(tiny_run, rows, GenerateSettings(seed=1))  # in the arithmetic that calibrate will choose
+    generate(ready.load(), out / "brains", rows, ready.settings)
     scatter = stream(0, "scatter").normal(0, (300.0, 8e3), (40, 2))
     found = shown([row.covariates for row in rows]) + scatter
     files = sorted((out / "brains").rglob("*_T1w.nii.gz"))

@@ -127,8 +127,14 @@ def test_a_killed_run_goes_on_where_it_stopped(mine: tuple[Path, Path, Path]) ->
     assert card.rows == judge(synth, real, out.parent / "fresh").rows
 
 
-def test_processes_give_the_same_numbers(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_processes_give_the_same_numbers(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading, features and pairs too, which images so small are not handed out for otherwise."""
     alone = judge(*folders, tmp_path / "alone")
+    monkeypatch.setattr("brainldm.evaluate.examine.VOXELS_WORTH_A_PROCESS", 0)
+    monkeypatch.setattr("brainldm.evaluate.features.VOXELS_WORTH_A_PROCESS", 0)
+    monkeypatch.setattr("brainldm.evaluate.diversity.VOXEL_PAIRS_WORTH_A_PROCESS", 0)
     together = judge(*folders, tmp_path / "together", workers=2)
     assert alone.rows == together.rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,13 +10,13 @@ import numpy as np
 import pytest
 
 from brainldm.base.covariates import Covariates
-from brainldm.base.errors import UsageError
+from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.files import read_json, write_json
 from brainldm.base.volume import Grid, Volume, grid_named
 from brainldm.cohort.dataset import PreparedRow
 from brainldm.cohort.register import resample_to_grid
 from brainldm.cohort.template import load_template
-from brainldm.train.kept_volumes import kept_volumes
+from brainldm.train.kept_volumes import _Pair, _Pairs, kept_volumes
 
 
 def on_grid(volume: Volume) -> np.ndarray:
@@ -49,6 +50,12 @@ class People:
         return self.image.copy()
 
 
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others would have to import everything and read the template."""
+    monkeypatch.setattr("brainldm.train.kept_volumes.usable_cpus", lambda: 1)
+
+
 def test_what_is_filled_is_missed_and_what_is_no_brain_is_counted(brain_XYZ: np.ndarray, tmp_path: Path) -> None:
     ventricles_XYZ = on_grid(load_template(2).ventricles)
     half_full_XYZ = brain_XYZ + 0.2 * ventricles_XYZ * (brain_XYZ.max() - brain_XYZ)
@@ -57,6 +64,8 @@ def test_what_is_filled_is_missed_and_what_is_no_brain_is_counted(brain_XYZ: np.
     assert kept.shares_NV[0] == pytest.approx([1, 1], abs=1e-9)
     assert kept.shares_NV[1, 0] < 0.8 and kept.shares_NV[1, 1] >= 1
     assert kept.shares_NV[2].tolist() == [1, 1] and kept.unmeasured == 1
+    pair = _Pairs(People(brain_XYZ, 3), decoded.__getitem__, [2, 1])[1]  # as other processes are handed them
+    assert pickle.loads(pickle.dumps(pair)).index == pair.index == 1
 
     def never(index: int) -> np.ndarray:
         raise AssertionError("measured again")
@@ -71,10 +80,7 @@ def test_what_is_filled_is_missed_and_what_is_no_brain_is_counted(brain_XYZ: np.
         write_json(tmp_path / "kept.json", facts)
 
 
-def test_an_autoencoder_that_shows_no_brains_is_refused(
-    brain_XYZ: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("brainldm.train.kept_volumes.usable_cpus", lambda: 1)
+def test_an_autoencoder_that_shows_no_brains_is_refused(brain_XYZ: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="2 of 2 decoded images"):
         kept_volumes(tmp_path, People(brain_XYZ, 2), lambda _: np.zeros_like(brain_XYZ), "key")
     assert not (tmp_path / "kept.json").exists()
@@ -83,7 +89,12 @@ def test_an_autoencoder_that_shows_no_brains_is_refused(
 def test_an_interrupted_measurement_goes_on_with_those_not_yet_measured(
     brain_XYZ: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("brainldm.train.kept_volumes.usable_cpus", lambda: 1)
+    def shares(pair: _Pair) -> tuple[float, float]:
+        if not pair.decoded_XYZ.any():
+            raise BadInput("there is no brain.")
+        return 1.0, float(pair.decoded_XYZ.sum() / pair.image_XYZ.sum())
+
+    monkeypatch.setattr("brainldm.train.kept_volumes._shares", shares)
     decoded = [brain_XYZ, np.zeros_like(brain_XYZ), 0.9 * brain_XYZ, brain_XYZ]
     whole = kept_volumes(tmp_path / "whole", People(brain_XYZ, 4), decoded.__getitem__, "key")
     asked: list[int] = []

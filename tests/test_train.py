@@ -217,11 +217,13 @@ cli.main()
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE)
     log = tmp_path / "run" / "autoencoder" / "timing.jsonl"
     deadline = time.monotonic() + 120
-    while not log.exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    time.sleep(1.0)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    try:
+        while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 143, errors.decode()[-2000:]
     assert b"the state is saved" in errors
     checkpoint = load_newest(tmp_path / "run" / "autoencoder" / "checkpoints", warn=pytest.fail)

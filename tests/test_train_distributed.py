@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -145,9 +144,8 @@ def test_a_killed_process_ends_the_other_which_says_so(tiny_cohort: Path, tmp_pa
     script = tmp_path / "run.py"
     fault = AT_THE_THIRD_STEP_OF_RANK_1.format(what="os.kill(os.getpid(), signal.SIGKILL)")
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), fault=fault))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    port = 20_000 + os.getpid() % 10_000  # below those that the system gives away
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     command = [sys.executable, str(script), "train", "even", "--data", str(tiny_cohort), "--out", str(tmp_path / "run")]
     leader, killed = (
         subprocess.Popen(
@@ -158,10 +156,14 @@ def test_a_killed_process_ends_the_other_which_says_so(tiny_cohort: Path, tmp_pa
         )
         for rank in ("0", "1")
     )
-    assert killed.wait(timeout=240) == -signal.SIGKILL
-    _, told = leader.communicate(timeout=60)
+    try:
+        assert killed.wait(timeout=240) == -signal.SIGKILL
+        _, told = leader.communicate(timeout=60)
+    finally:
+        leader.kill()
+        killed.kill()
+        killed.communicate()
     assert leader.returncode == 5 and "another process of this training has ended" in told, told[-3000:]
-    killed.communicate()
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_both_and_the_batch_is_kept(

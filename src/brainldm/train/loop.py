@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -94,13 +94,15 @@ def run_stage(
     tensorboard: bool = False,
     progress: Progress = Quiet(),  # noqa: B008  # stateless
     place: Place = ALONE,
+    asked: list[int] | None = None,
 ) -> dict[str, Any]:
     """Trains `stage` in `folder` to its last step, or for `minutes` of training time in all, and returns a summary.
 
     What a stage waits for data, it says in `waited_seconds`, a sum over its steps, where it has one.
-    Resumes by itself. Raises BadInput when the loss is not finite (the batch is named and kept, nothing is saved over
-    the good checkpoint), Terminated, exit code 143, after saving when the process is asked to end, and
-    EnvironmentProblem when the disk is full or, with several processes (`place`), when another one ends.
+    Resumes by itself. `asked` is the list of a caller who listens for signals already (asked_to_end). Raises BadInput
+    when the loss is not finite (the batch is named and kept, nothing is saved over the good checkpoint), Terminated,
+    exit code 143, after saving when the process is asked to end, and EnvironmentProblem when the disk is full or, with
+    several processes (`place`), when another one ends.
     """
     checkpoints = folder / "checkpoints"
     found = load_newest(checkpoints, warn=warn_of_checkpoints)
@@ -122,7 +124,7 @@ def run_stage(
 
     begun = saved_at = time.monotonic()
     first_save = found is None
-    with asked_to_end() as asked:
+    with asked_to_end() if asked is None else nullcontext(asked) as asked:
         while done < stage.steps:
             elapsed = seconds_before + time.monotonic() - begun
             if minutes is not None and any(place.anywhere(elapsed >= minutes * 60)):

@@ -277,6 +277,7 @@ class _Run:
             tensorboard=self.tensorboard,
             progress=self.progress.progress,  # the loop itself ends with its state saved
             place=self.place,
+            asked=self.progress.asked,
         )
 
     def _trained_autoencoder(self) -> tuple[AnyAutoencoder, dict[str, Any]]:
