@@ -13,11 +13,12 @@ import torch
 
 from brainldm.base.files import write_json
 from brainldm.base.manifest import Manifest
-from brainldm.base.nifti import write_nifti
+from brainldm.base.nifti import read_nifti, write_nifti
 from brainldm.base.streams import stream
 from brainldm.base.tables import write_table
-from brainldm.base.volume import Grid
+from brainldm.base.volume import Grid, Volume
 from brainldm.cohort.dataset import FORMAT, KIND
+from brainldm.cohort.register import Registration, register_to_template
 from brainldm.nets.autoencoder import AutoencoderConfig
 from brainldm.train.config import AutoencoderStageConfig, DiffusionStageConfig, Recipe
 from brainldm.train.run import train
@@ -34,6 +35,13 @@ def real_data() -> Path:
     if not (folder / "oasis17").is_dir():
         pytest.skip(f"no real scans here: set BRAINLDM_TEST_DATA to a folder that holds oasis17/ (looked in {folder})")
     return folder
+
+
+@pytest.fixture(scope="session")
+def colin(real_data: Path) -> tuple[Volume, Registration]:
+    """A real whole head, which lies in MNI space, and how it was found to lie."""
+    head = read_nifti(real_data / "colin27" / "colin27_T1w.nii.gz")
+    return head, register_to_template(head)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from brainldm.base.tables import read_table
 from brainldm.base.volume import Volume, grid_named
 from brainldm.cohort.measure import TemplateMeasure, measured_from_tables
 from brainldm.cohort.phantom import draw_person, make_phantom
-from brainldm.cohort.register import register_to_template
+from brainldm.cohort.register import Registration, register_to_template
 from brainldm.cohort.skull import brain_mask
 from brainldm.cohort.template import load_template
 
@@ -106,9 +106,8 @@ def test_all_real_people_against_manual_labels(real_data: Path) -> None:
     assert np.abs(manual - measured).mean() <= 3000
 
 
-def test_skull_comes_off_a_real_head(real_data: Path) -> None:
-    head = read_nifti(real_data / "colin27" / "colin27_T1w.nii.gz")
-    registration = register_to_template(head)
+def test_skull_comes_off_a_real_head(colin: tuple[Volume, Registration]) -> None:
+    head, registration = colin
     mask = brain_mask(head, registration)
     brain_ml = float(mask.data_XYZ.sum()) * head.voxel_mm3 / 1000
     # Colin's brain with its CSF is large: MNI space is larger than people.

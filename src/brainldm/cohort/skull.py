@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -34,17 +35,28 @@ def brain_mask(scan: Volume, registration: Registration, *, method: str = "templ
     raise UsageError(f"no way to strip a skull is named {method!r}.", remedy=f"Choose one of: {', '.join(METHODS)}.")
 
 
+@lru_cache(maxsize=1)
+def _depth_in_template() -> Volume:
+    """Signed distance in mm to the surface of the template's brain, inside positive; seconds of work once a process."""
+    mask = load_template(1).brain_mask
+    inside = ndi.distance_transform_edt(mask.data_XYZ > 0)
+    outside = ndi.distance_transform_edt(mask.data_XYZ == 0)
+    return Volume((inside - outside).astype(np.float32), mask.affine)
+
+
 def _by_template(scan: Volume, registration: Registration) -> Volume:
     """Everything well inside the template's brain is brain; near its surface only what is bright enough and hangs
     together after an opening, which cuts the threads to dura and eyes."""
-    template = load_template(1).brain_mask
-    # Signed distance to the template's surface in mm, inside positive, sampled on the scan.
-    inside = ndi.distance_transform_edt(template.data_XYZ > 0)
-    outside = ndi.distance_transform_edt(template.data_XYZ == 0)
-    signed = (inside - outside).astype(np.float32)
+    template = _depth_in_template()
     matrix = np.linalg.inv(template.affine) @ registration.mni_from_scan_affine @ scan.affine
     depth = ndi.affine_transform(
-        signed, matrix[:3, :3], matrix[:3, 3], output_shape=scan.shape_XYZ, order=1, mode="constant", cval=-50.0
+        template.data_XYZ,
+        matrix[:3, :3],
+        matrix[:3, 3],
+        output_shape=scan.shape_XYZ,
+        order=1,
+        mode="constant",
+        cval=-50.0,
     )
     deep = depth > _SURFACE_MM
     if not deep.any():
