@@ -8,8 +8,12 @@ of different rows could coincide.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 def stream(root_seed: int, purpose: str, index: int = 0) -> np.random.Generator:
@@ -25,3 +29,15 @@ def stream(root_seed: int, purpose: str, index: int = 0) -> np.random.Generator:
     name = f"{int(root_seed)}\x1f{purpose}\x1f{int(index)}".encode()
     key = int.from_bytes(hashlib.sha256(name).digest()[:16], "little")
     return np.random.Generator(np.random.Philox(key=key))
+
+
+def drawn(items: Sequence[T], most: int, generator: np.random.Generator) -> list[T]:
+    """At most `most` of the items, drawn at random, in their order.
+
+    >>> drawn("abc", 5, stream(0, "some"))
+    ['a', 'b', 'c']
+    """
+    if len(items) <= most:
+        return list(items)
+    chosen = generator.choice(len(items), size=most, replace=False)
+    return [items[position] for position in sorted(chosen.tolist())]

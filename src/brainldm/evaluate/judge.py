@@ -13,7 +13,7 @@ import numpy as np
 from brainldm.base.errors import BadInput
 from brainldm.base.manifest import Manifest
 from brainldm.base.progress import Progress
-from brainldm.base.streams import stream
+from brainldm.base.streams import drawn, stream
 from brainldm.evaluate.conditioning import Agreement, TrainingRanges, agreement, sex_told
 from brainldm.evaluate.coverage import manifolds
 from brainldm.evaluate.distribution import brain_mask, intensity_distance, mean_image_distance
@@ -173,10 +173,7 @@ class Judge:
 
     def drawn(self, images: Sequence[JudgedImage], limit: int, side: str) -> tuple[JudgedImage, ...]:
         """At most `limit` of the images, drawn at random, in their order."""
-        if len(images) <= limit:
-            return tuple(images)
-        chosen = stream(self.seed, f"evaluate/sample/{side}").choice(len(images), size=limit, replace=False)
-        return tuple(images[position] for position in sorted(chosen.tolist()))
+        return tuple(drawn(images, limit, stream(self.seed, f"evaluate/sample/{side}")))
 
     def examined(self, folder: ImageFolder, images: Sequence[JudgedImage], side: str, grid: JudgingGrid) -> Examination:
         sketched = {image.file for image in self.drawn(images, MAX_SKETCHED, f"{side}/sketched")}

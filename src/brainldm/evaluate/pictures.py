@@ -17,7 +17,7 @@ from brainldm.base.errors import BrainldmError
 from brainldm.base.files import write_bytes, write_json
 from brainldm.base.nifti import read_nifti
 from brainldm.base.slices import VIEWS, Crop, View, grey_png, middle_slice
-from brainldm.base.streams import stream
+from brainldm.base.streams import drawn, stream
 from brainldm.cohort.normalise import to_unit
 from brainldm.evaluate.examine import HISTOGRAM_BINS, Examined, Sketch
 
@@ -49,7 +49,7 @@ def draw_pictures(
     crop: Crop | None = None
     for side, limit in (("synthetic", MAX_SYNTHETIC), ("real", MAX_REAL if show_real else 0)):
         shown[side] = []
-        for look in _some(sides.get(side, ()), limit, seed, side):
+        for look in drawn(sides.get(side, ()), limit, stream(seed, f"evaluate/pictures/{side}")):
             with contextlib.suppress(BrainldmError):  # gone since it was examined: no picture, and nothing else
                 data_XYZ, _ = to_unit(read_nifti(look.image.path).data_XYZ)
                 shown[side].append((look, {view: middle_slice(data_XYZ, view) for view in VIEWS}))
@@ -88,11 +88,3 @@ def _mosaic(rows: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, list[list
             boxes[-1].append([left, top, left + across, top + down])
             left += across
     return canvas, boxes
-
-
-def _some(looks: Sequence[Examined], limit: int, seed: int, side: str) -> Sequence[Examined]:
-    """At most `limit` of them, drawn at random, in their order."""
-    if len(looks) <= limit:
-        return looks
-    chosen = stream(seed, f"evaluate/pictures/{side}").choice(len(looks), size=limit, replace=False)
-    return [looks[position] for position in sorted(chosen.tolist())]

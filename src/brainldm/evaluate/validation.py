@@ -23,7 +23,7 @@ from scipy import ndimage
 from brainldm.base.errors import BadInput
 from brainldm.base.files import locked_folder, write_json
 from brainldm.base.progress import Progress, Quiet
-from brainldm.base.streams import stream
+from brainldm.base.streams import drawn, stream
 from brainldm.evaluate.distribution import brain_mask
 from brainldm.evaluate.estimate import Estimate, share
 from brainldm.evaluate.examine import Examination, Examined, examine, read_for_judging, sketch_of
@@ -183,10 +183,7 @@ def validate(
 
 def _looked_at(people: ImageFolder, grid: JudgingGrid, seed: int, workers: int, progress: Progress) -> Examination:
     """At most MOST_PEOPLE of them, drawn at random: everybody's copies are in memory together."""
-    images = people.images
-    if len(images) > MOST_PEOPLE:
-        drawn = stream(seed, "evaluate/validated").choice(len(images), MOST_PEOPLE, replace=False)
-        images = tuple(images[i] for i in sorted(drawn.tolist()))
+    images = drawn(people.images, MOST_PEOPLE, stream(seed, "evaluate/validated"))
     files = {image.file for image in images}
     return examine(images, "real", grid, sketched=files, workers=workers, progress=progress)
 

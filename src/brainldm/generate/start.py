@@ -60,8 +60,8 @@ def start(
     """Chooses the device and the arithmetic, plans the memory, and tells what the work will take.
 
     With `may_shrink_batch` the batch is halved until the memory suffices, unless the dataset is `begun`: it keeps the
-    batch that it was begun with. UsageError for what cannot be asked;
-    EnvironmentProblem where the memory does not suffice.
+    batch that it was begun with. UsageError for what cannot be asked; EnvironmentProblem where the memory does not
+    suffice.
     """
     description = read_description(model)
     check_settings(description, settings)

@@ -15,7 +15,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,7 @@ from brainldm.base.errors import UsageError
 from brainldm.base.files import locked_folder, read_json, write_json, write_text
 from brainldm.base.manifest import Manifest
 from brainldm.base.progress import Progress, Quiet
-from brainldm.base.streams import stream
-from brainldm.cohort.dataset import PreparedRow
+from brainldm.base.streams import drawn, stream
 from brainldm.cohort.measure import TemplateMeasure
 from brainldm.evaluate.measuring import Instrument
 from brainldm.evaluate.scorecard import evaluate_dataset
@@ -92,7 +91,7 @@ def make_card(
             progress=progress,
         )
         say("3/4 reconstruct held-out phantoms")
-        people = _some(parts.people, reconstructed, seed)
+        people = drawn(parts.people, reconstructed, stream(seed, "card/reconstructed"))
         kept = reconstructions(
             parts.loaded,
             people,
@@ -124,19 +123,11 @@ def make_card(
             "generated brains": [out / "brains" / made[index]["file"] for index in sorted(made)],
         }
         draw_mosaic(sides, out / "mosaic.png")
-        for drawn in sorted((out / "figure4").glob("noise-*/figure.png"))[:1]:
-            shutil.copyfile(drawn, out / "extrapolation.png")
+        for figure in sorted((out / "figure4").glob("noise-*/figure.png"))[:1]:
+            shutil.copyfile(figure, out / "extrapolation.png")
         write_text(out / "README.md", card_text(results))
         write_json(out / "results.json", results)  # last: it says that the card is whole
     return results
-
-
-def _some(people: Sequence[PreparedRow], most: int, seed: int) -> list[PreparedRow]:
-    """At most `most` of them, drawn at random, in their order."""
-    if len(people) <= most:
-        return list(people)
-    chosen = stream(seed, "card/reconstructed").choice(len(people), size=most, replace=False)
-    return [people[int(position)] for position in sorted(chosen)]
 
 
 def _make_brains(

@@ -254,6 +254,8 @@ def _table(
     seed: int,
     trained: Mapping[str, Path],
 ) -> dict[str, Any]:
+    from brainldm.model.folder import read_description
+
     first = next(iter(cards.values()))
     space = first["settings"]["features"][0]
 
@@ -263,9 +265,7 @@ def _table(
             heading: rows[key][side] for pattern, heading, _ in _COLUMNS if (key := pattern.format(space=space)) in rows
         }
 
-    training = {
-        name: read_json(_model_folder(trained[name]) / "model.json")["training"] for name in ("ldm", "lsgan", "vaegan")
-    }
+    training = {name: read_description(trained[name]).training for name in ("ldm", "lsgan", "vaegan")}
     lines: list[dict[str, Any]] = [
         {
             "way": way.name,
@@ -294,12 +294,6 @@ def _minutes(training: Mapping[str, Any]) -> float | None:
     """What a model's stages took together; None for one that does not say."""
     stages = [facts for facts in training.values() if isinstance(facts, dict) and "seconds" in facts]
     return sum(facts["seconds"] for facts in stages) / 60 if stages else None
-
-
-def _model_folder(run: Path) -> Path:
-    from brainldm.model.folder import find_model
-
-    return find_model(run)
 
 
 def as_markdown(table: Mapping[str, Any]) -> str:
