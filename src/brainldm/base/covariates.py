@@ -19,6 +19,7 @@ from brainldm.base.errors import BadInput, UsageError
 
 COVARIATES = ("sex", "age_years", "ventricles_mm3", "brain_mm3")
 CONTINUOUS = COVARIATES[1:]
+VOLUMES = COVARIATES[2:]
 UNITS = {"sex": "female 0, male 1", "age_years": "year", "ventricles_mm3": "mm^3", "brain_mm3": "mm^3"}
 MEANINGS = {
     "sex": "Sex; female is 0 and male is 1 where a number is needed",

@@ -83,8 +83,8 @@ def generate(
         proven = manifest.proven(out)
         missing = [row for row in rows if row.index not in proven]
         batches = _batches_with_missing(rows, missing, settings.batch)
-        each = _passes(model.description, settings)
-        progress.start("generating brains (sampling steps)", sum(each + len(batch) for batch in batches))
+        each, decodes = _passes(model.description, settings), model.description.decodes
+        progress.start("generating brains (sampling steps)", sum(each + decodes * len(batch) for batch in batches))
         redrawn, failed, grid = 0, dict[int, str](), _written_grid(model.grid, settings)
         for batch in batches:
             images_BXYZ, attempts, objections = _sample_until_sound(model, batch, settings, population, progress)

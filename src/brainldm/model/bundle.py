@@ -169,6 +169,7 @@ def _untold(model: LatentDiffusion) -> str:
         return "it has a noise schedule of its own"
     if (
         description.latent.by_population
+        or description.volume_reader is not None
         or unet.covariates_in_time
         or unet.fold != 1
         or description.covariates.scaling != "min_max"

@@ -75,7 +75,7 @@ def estimate_seconds(
     packs = precision == "bf16" and device.type == "cpu" and packing_works()
     overhead = _OVERHEAD_OF_A_PACKED_DECODE if packs else _OVERHEAD_OF_A_DECODE
     decode = max(_LEAST_SECONDS_A_CALL, overhead * work.decode_flop / speed)
-    return images * (network_calls(sampler, steps) * calls_a_step * step + decode)
+    return images * (network_calls(sampler, steps) * calls_a_step * step + description.decodes * decode)
 
 
 def convolution_speed(description: LatentDiffusionDescription, device: torch.device, precision: str) -> float:

@@ -26,6 +26,7 @@ FORMAT_VERSION: Literal[1] = 1
 AUTOENCODER_NAME = "autoencoder.safetensors"
 UNET_NAME = "unet.safetensors"
 POPULATION_NAME = "latent_population.safetensors"
+VOLUME_READER_NAME = "volume_reader.safetensors"
 GENERATOR_NAME = "generator.safetensors"
 WeightsDtype = Literal["float32", "float16"]  # as stored; loaded, both are float32
 
@@ -199,10 +200,20 @@ class CovariatesDescription(Strict):
 
     def conditions(self, rows: Sequence[Covariates]) -> np.ndarray:
         """What the network is told where these people are asked for: float32, (n, 4)."""
-        if self.response is not None:
-            rows = self.response.told_for(rows)
         equalised_by = self.joint_model() if self.scaling == "equalised" else None
-        return conditions(rows, self.fitted_ranges(), equalised_by)
+        return conditions(self.told(rows), self.fitted_ranges(), equalised_by)
+
+    def told(self, rows: Sequence[Covariates]) -> list[Covariates]:
+        """Whom the network is told of, where these people are asked for."""
+        return list(rows) if self.response is None else self.response.told_for(rows)
+
+
+class VolumeReaderDescription(Strict):
+    """What of volume_reader.py is no tensor: the cells' size, and training people's volumes (ventricles, brain)."""
+
+    cell_voxels: int = Field(ge=1)
+    centre_mm3: tuple[float, float]
+    spread_mm3: tuple[float, float]
 
 
 class WeightsFile(Strict):
@@ -226,6 +237,11 @@ class ModelDescription(Strict):
     weights_dtype: WeightsDtype = "float32"
 
     @property
+    def decodes(self) -> int:
+        """How often each image is decoded, or a generator called."""
+        return 1
+
+    @property
     def identity(self) -> str:
         """The first digits of a hash of all that generates: the weights, and how covariates and latents are told them.
         Its name, training and licence may change without it."""
@@ -244,6 +260,11 @@ class LatentDiffusionDescription(ModelDescription):
     schedule: ScheduleDescription = ScheduleDescription()
     target: Literal["eps", "v", "flow"] = "eps"
     latent: LatentDescription
+    volume_reader: VolumeReaderDescription | None = None
+
+    @property
+    def decodes(self) -> int:
+        return 1 if self.volume_reader is None else 2
 
     @model_validator(mode="after")
     def _parts_fit(self) -> LatentDiffusionDescription:

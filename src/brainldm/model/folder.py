@@ -4,6 +4,7 @@
     MODEL/autoencoder.safetensors
     MODEL/unet.safetensors           (a GAN: generator.safetensors alone)
     MODEL/latent_population.safetensors   (where the U-Net works on what a population's mean leaves)
+    MODEL/volume_reader.safetensors       (where volumes are read and corrected)
 
 Loading refuses a folder in which anything is missing, changed, of a newer format or of another shape than described.
 """
@@ -18,7 +19,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from brainldm.base.covariates import COVARIATES
+from brainldm.base.covariates import COVARIATES, VOLUMES
 from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.files import read_json, sha256_of, write_json
 from brainldm.base.shipped import shipped_folder, shipped_name
@@ -28,6 +29,7 @@ from brainldm.model.description import (
     GENERATOR_NAME,
     POPULATION_NAME,
     UNET_NAME,
+    VOLUME_READER_NAME,
     GanDescription,
     LatentDiffusionDescription,
     WeightsDtype,
@@ -38,6 +40,7 @@ from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.model.latent_population import LatentPopulation
 from brainldm.model.memory import MemoryPlan
 from brainldm.model.tensors import misfits, shortened, write_tensors
+from brainldm.model.volume_reader import VolumeReader
 from brainldm.nets.atlas import AnyAutoencoder, build_autoencoder
 from brainldm.nets.blocks import pack_for_sampling
 from brainldm.nets.gan import GanGenerator
@@ -74,7 +77,10 @@ def tensors_of(model: LatentDiffusion | GanModel) -> dict[str, dict[str, torch.T
     if isinstance(model, GanModel):
         return {GENERATOR_NAME: model.generator.state_dict()}
     parts = {AUTOENCODER_NAME: model.autoencoder.state_dict(), UNET_NAME: model.unet.state_dict()}
-    return parts if model.population is None else parts | {POPULATION_NAME: model.population.tensors()}
+    for name, part in ((POPULATION_NAME, model.population), (VOLUME_READER_NAME, model.volume_reader)):
+        if part is not None:
+            parts[name] = part.tensors()
+    return parts
 
 
 def stored(tensors: Mapping[str, torch.Tensor], dtype: WeightsDtype, file: str) -> dict[str, torch.Tensor]:
@@ -253,17 +259,40 @@ def _load_latent_diffusion(
         memory.slab_bytes,
         None if memory.keeps_unet else reload_unet,
         _read_population(folder, description, device) if description.latent.by_population else None,
+        volume_reader=_read_volume_reader(folder, description),
     )
 
 
 def _read_population(folder: Path, description: LatentDiffusionDescription, device: torch.device) -> LatentPopulation:
-    path, shape_CXYZ = folder / POPULATION_NAME, description.latent.shape_CXYZ
-    _prove(path, description.weights.get(POPULATION_NAME))
+    shape_CXYZ = description.latent.shape_CXYZ
+    wanted = {"mean": shape_CXYZ, "slopes": (len(COVARIATES), *shape_CXYZ), "std": shape_CXYZ}
+    return LatentPopulation.from_tensors(_read_tensors(folder / POPULATION_NAME, description, wanted), device)
+
+
+def _read_volume_reader(folder: Path, description: LatentDiffusionDescription) -> VolumeReader | None:
+    facts = description.volume_reader
+    if facts is None:
+        return None
+    cells_XYZ = tuple(n // facts.cell_voxels for n in description.grid.shape_XYZ)
+    wanted = {
+        "cells": cells_XYZ,
+        "weights": (len(VOLUMES), *cells_XYZ),
+        "directions": (len(VOLUMES), *description.latent.shape_CXYZ),
+    }
+    tensors = _read_tensors(folder / VOLUME_READER_NAME, description, wanted)
+    parts = (tensors[name].float() for name in wanted)
+    return VolumeReader(facts.cell_voxels, facts.centre_mm3, facts.spread_mm3, *parts)
+
+
+def _read_tensors(
+    path: Path, description: LatentDiffusionDescription, wanted: dict[str, tuple[int, ...]]
+) -> dict[str, torch.Tensor]:
+    """All tensors of a file that is no network's: of these names and shapes, finite."""
+    _prove(path, description.weights.get(path.name))
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise BadInput(f"is not a safetensors file ({error}).", remedy=_REMEDY, path=path, reason="damaged") from error
-    wanted = {"mean": shape_CXYZ, "slopes": (len(COVARIATES), *shape_CXYZ), "std": shape_CXYZ}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != wanted or not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise BadInput(
@@ -272,7 +301,7 @@ def _read_population(folder: Path, description: LatentDiffusionDescription, devi
             path=path,
             reason="architecture",
         )
-    return LatentPopulation.from_tensors(tensors, device)
+    return tensors
 
 
 def _prove(path: Path, expected: WeightsFile | None) -> None:

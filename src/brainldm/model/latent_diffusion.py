@@ -9,7 +9,14 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from brainldm.base.covariates import NOT_TOLD, CovariateModel, CovariateRanges, Covariates
+from brainldm.base.covariates import (
+    NOT_TOLD,
+    VOLUMES,
+    CovariateModel,
+    CovariateRanges,
+    Covariates,
+    covariates_array,
+)
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.volume import Grid
 from brainldm.diffusion.solvers import DEFAULT_SAMPLER, SAMPLERS, Denoise, Sampler
@@ -18,6 +25,7 @@ from brainldm.model.description import LatentDiffusionDescription
 from brainldm.model.latent_population import LatentPopulation
 from brainldm.model.memory import return_freed_memory
 from brainldm.model.precision import autocast
+from brainldm.model.volume_reader import VolumeReader
 from brainldm.nets.atlas import AnyAutoencoder
 from brainldm.nets.blocks import forget, is_forgotten
 from brainldm.nets.slabs import decode_in_slabs
@@ -54,6 +62,7 @@ class LatentDiffusion:
     `precision` is fp32 or bf16. With `slab_bytes` images are decoded in slabs of about that size. With `reload_unet`
     the U-Net is given up before decoding, and read again by that function when it is needed next. `guidance` above 1
     exaggerates what is asked (Ho & Salimans 2022): two calls a step, of a model whose training kept it back at times.
+    With a `volume_reader` the volumes of each image are read and its latent changed until they are those told.
     """
 
     description: LatentDiffusionDescription
@@ -64,6 +73,7 @@ class LatentDiffusion:
     reload_unet: Callable[[], None] | None = None
     population: LatentPopulation | None = None
     guidance: float = 1.0
+    volume_reader: VolumeReader | None = None
 
     @property
     def name(self) -> str:
@@ -98,16 +108,27 @@ class LatentDiffusion:
         """Images (B, X, Y, Z) in 0..1 units of the training cohort, not clipped, float32, RAS+.
 
         Row i is a function of `covariates[i]` and `noise[i]` alone, up to the arithmetic of the batch size. `progress`
-        advances by one for each sampling step and each image decoded.
+        advances by one for each sampling step and each time that an image is decoded.
         """
         latent_BCXYZ = self.sample_latents(covariates, noise, SAMPLERS[sampler], steps, progress)
         if self.reload_unet is None:
-            return self.decode(latent_BCXYZ, progress)
+            return self._decoded_as_told(latent_BCXYZ, covariates, progress)
         forget(self.unet)
         return_freed_memory()
-        image_BXYZ = self.decode(latent_BCXYZ, progress)
+        image_BXYZ = self._decoded_as_told(latent_BCXYZ, covariates, progress)
         return_freed_memory()
         return image_BXYZ
+
+    def _decoded_as_told(
+        self, latent_BCXYZ: torch.Tensor, covariates: Sequence[Covariates], progress: Progress
+    ) -> np.ndarray:
+        """The images, their volumes corrected where the model can read them."""
+        image_BXYZ = self.decode(latent_BCXYZ, progress)
+        if self.volume_reader is None:
+            return image_BXYZ
+        told_B2 = covariates_array(self.description.covariates.told(covariates))[:, -len(VOLUMES) :]
+        changed = [self.volume_reader.changed(*row) for row in zip(latent_BCXYZ, image_BXYZ, told_B2)]
+        return self.decode(torch.stack(changed), progress)
 
     @torch.no_grad()
     def sample_latents(
@@ -118,7 +139,7 @@ class LatentDiffusion:
         steps: int | None = None,
         progress: Progress = Quiet(),  # noqa: B008  # stateless
     ) -> torch.Tensor:
-        """Latents (B, C, x, y, z) in the autoencoder's units, float32."""
+        """Latents (B, C, x, y, z) in the autoencoder's units, float32, as the U-Net leaves them."""
         if self.reload_unet is not None and is_forgotten(self.unet):
             self.reload_unet()
         shape_CXYZ = tuple(self.description.latent.shape_CXYZ)

@@ -13,10 +13,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from brainldm.base.covariates import COVARIATES, Covariates, covariates_array
+from brainldm.base.covariates import COVARIATES, VOLUMES, Covariates, covariates_array
 
-SHOWN = ("ventricles_mm3", "brain_mm3")
-_AT = [COVARIATES.index(name) for name in SHOWN]
+_AT = [COVARIATES.index(name) for name in VOLUMES]
 _OTHERS = [position for position in range(len(COVARIATES)) if position not in _AT]
 # Below this slope a model hardly follows, and what it would have to be told lies far outside what it has seen.
 LEAST_SLOPE = 0.3
@@ -32,7 +31,7 @@ def fitted_lines(asked: Sequence[Covariates], shown_N2: np.ndarray) -> tuple[np.
     scaled_NV = (asked_N4[:, varies] - centre_4[varies]) / spread_4[varies]
     design_NG = np.column_stack([np.ones(len(asked_N4)), scaled_NV])
     lines_G2 = np.linalg.lstsq(design_NG, shown_N2, rcond=None)[0]
-    slopes_24 = np.zeros((len(SHOWN), len(COVARIATES)))
+    slopes_24 = np.zeros((len(VOLUMES), len(COVARIATES)))
     slopes_24[:, varies] = (lines_G2[1:] / spread_4[varies][:, None]).T
     intercepts_2 = lines_G2[0] - slopes_24 @ centre_4
     left_N2 = shown_N2 - design_NG @ lines_G2
@@ -53,4 +52,4 @@ def told_for(asked: Sequence[Covariates], intercepts_2: np.ndarray, slopes_24: n
 
 def own_slopes(slopes_24: np.ndarray) -> dict[str, float]:
     """How much of a change that is asked each volume shows itself: 1 is in full."""
-    return {name: float(slopes_24[row, at]) for row, (name, at) in enumerate(zip(SHOWN, _AT))}
+    return {name: float(slopes_24[row, at]) for row, (name, at) in enumerate(zip(VOLUMES, _AT))}

@@ -17,8 +17,11 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dic
     """Writes `tensors` as the whole of the safetensors file `path`."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as part:
+        part.touch()
+        mode = part.stat().st_mode  # as any file is made here; the library makes its own for the owner's eyes alone
         try:
             save_file(plain, part, metadata=metadata)
+            part.chmod(mode)
         except SafetensorError as error:
             # The library wraps what the operating system said; a full disk is the one case that has a remedy.
             full = "os error 28" in str(error)

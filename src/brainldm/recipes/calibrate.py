@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import brainldm
-from brainldm.base.covariates import Covariates
+from brainldm.base.covariates import VOLUMES, Covariates
 from brainldm.base.errors import PartialFailure, UsageError
 from brainldm.base.files import atomic_path, make_folder, write_json
 from brainldm.base.progress import Progress, Quiet
@@ -34,7 +34,7 @@ from brainldm.generate.start import start
 from brainldm.model.description import LatentDiffusionDescription, ResponseDescription
 from brainldm.model.folder import DESCRIPTION_NAME, find_model, read_description
 from brainldm.model.latent_diffusion import LatentDiffusion
-from brainldm.model.response import LEAST_SLOPE, SHOWN, fitted_lines, own_slopes
+from brainldm.model.response import LEAST_SLOPE, fitted_lines, own_slopes
 
 FEWEST = 40  # brains: five numbers a line, and something to see of the scatter
 _FOLDS = 10
@@ -52,7 +52,7 @@ class Calibration:
 
     def as_text(self) -> str:
         lines = [f"{self.response.brains} brains, measured by {self.response.instrument}:"]
-        for name in SHOWN:
+        for name in VOLUMES:
             before, after = self.before[name], self.after[name]
             lines.append(
                 f"{name}: slope {before['slope']['value']:.3f}, r {before['pearson_r']['value']:.3f}, "
@@ -140,10 +140,10 @@ def calibrate(
             "instrument": name,
         }
     )
-    asked_N2 = np.array([[getattr(row, volume) for volume in SHOWN] for row in asked])
+    asked_N2 = np.array([[getattr(row, volume) for volume in VOLUMES] for row in asked])
     found = Calibration(
         response,
-        dict(zip(SHOWN, scatter_2.tolist())),
+        dict(zip(VOLUMES, scatter_2.tolist())),
         _agreements(asked_N2, shown_N2),
         _agreements(asked_N2, _expected(asked, asked_N2, shown_N2)),
     )
@@ -173,7 +173,7 @@ def _asked_and_shown(rows: list[PlanRow], measured: Path) -> tuple[list[Covariat
     """What was asked of each brain, and the volumes (N, 2) found in it."""
     table = read_table(measured)
     of = {
-        cells["participant_id"]: [table.number(position, name) for name in SHOWN]
+        cells["participant_id"]: [table.number(position, name) for name in VOLUMES]
         for position, cells in enumerate(table.rows)
     }
     return [row.covariates for row in rows], np.array([of[row.participant_id] for row in rows], dtype=np.float64)
@@ -195,5 +195,5 @@ def _expected(asked: list[Covariates], asked_N2: np.ndarray, shown_N2: np.ndarra
 
 def _agreements(asked_N2: np.ndarray, shown_N2: np.ndarray) -> dict[str, dict[str, Any]]:
     return {
-        name: asdict(agreement(asked_N2[:, at].tolist(), shown_N2[:, at].tolist())) for at, name in enumerate(SHOWN)
+        name: asdict(agreement(asked_N2[:, at].tolist(), shown_N2[:, at].tolist())) for at, name in enumerate(VOLUMES)
     }

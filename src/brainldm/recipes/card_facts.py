@@ -21,8 +21,9 @@ def model_facts(parts: CardParts) -> dict[str, Any]:
         "autoencoder": sum(p.numel() for p in model.autoencoder.parameters()),
         "unet": sum(p.numel() for p in model.unet.parameters()),
     }
-    if model.population is not None:
-        parameters["latent_population"] = sum(tensor.numel() for tensor in model.population.tensors().values())
+    for name, part in (("latent_population", model.population), ("volume_reader", model.volume_reader)):
+        if part is not None:
+            parameters[name] = sum(tensor.numel() for tensor in part.tensors().values())
     ranges, response = model.ranges, description.covariates.response
     return {
         "name": description.name,
@@ -55,6 +56,7 @@ def training_facts(training: Mapping[str, Any]) -> dict[str, Any]:
             "validation_images",
             "precision",
             "perceptual",
+            "volume_reader",
             "started_from",
         )
     }

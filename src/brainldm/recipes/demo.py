@@ -9,7 +9,7 @@ from brainldm.train.config import Augmentation, AutoencoderStageConfig, Diffusio
 def demo() -> Recipe:
     """A latent diffusion model of 2 mm images (80 x 112 x 80) that trains on two cores: latent 4 x 20 x 28 x 20.
 
-        brainldm phantom PHANTOMS --n 360 --grid 2mm --seed 1 --workers 2
+        brainldm phantom PHANTOMS --n 1000 --grid 2mm --seed 1 --workers 2
         brainldm prepare PHANTOMS COHORT --grid 2mm --workers 2
         brainldm train demo --data COHORT --out RUN
 
@@ -25,7 +25,7 @@ def demo() -> Recipe:
             net=AtlasAutoencoderConfig(
                 grid_XYZ=(80, 112, 80), cell=4, latent_channels=4, channels=32, res_blocks=1, atlases=4, passes=4
             ),
-            steps=600,
+            steps=3000,
             batch=2,
             learning_rate=2e-3,
             warmup_steps=50,
@@ -34,6 +34,7 @@ def demo() -> Recipe:
             kl_weight=1e-8,
             initial_log_variance=-5.0,
             perceptual_weight=0.0,
+            local_histogram_weight=1.0,
             adversarial_weight=0.0,
             augmentation=flips,
         ),
@@ -43,7 +44,7 @@ def demo() -> Recipe:
             head_channels=(0, 56),
             norm_groups=16,
             res_blocks=1,
-            steps=2800,
+            steps=5000,
             batch=6,
             learning_rate=1e-3,
             warmup_steps=100,
@@ -55,6 +56,7 @@ def demo() -> Recipe:
             timestep_shift=2.0,
             latent_population=True,
             volumes_as_decoded=True,
+            volume_reader=True,
             latent_views=2,
             augmentation=Augmentation(flip_probability=1.0),
             covariate_scaling="equalised",

@@ -96,6 +96,8 @@ class DiffusionStageConfig:
     augmentation: Augmentation = NO_AUGMENTATION
     # Tell the volumes that decoded latents show, not the recorded ones (train/kept_volumes).
     volumes_as_decoded: bool = False
+    # Read the volumes of each image that is generated, and correct its latent (model/volume_reader).
+    volume_reader: bool = False
     covariate_scaling: Literal["min_max", "equalised"] = "min_max"
     covariates_in_time: bool = False
     fold: int = 1  # latent voxels along each axis that become channels of the U-Net

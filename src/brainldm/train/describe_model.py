@@ -30,7 +30,7 @@ def described(
     recipe: Recipe, name: str, grid: Grid, people: Sequence[Covariates], latent: LatentDescription, **known: Any
 ) -> LatentDiffusionDescription:
     """The description of `recipe`'s model of such people's images on `grid`, without weights. `known` are further
-    fields of LatentDiffusionDescription: preprocessing, training, quality, licence."""
+    fields of LatentDiffusionDescription: preprocessing, training, quality, licence, volume_reader."""
     diffusion = recipe.diffusion
     return LatentDiffusionDescription(
         name=name,

@@ -16,6 +16,7 @@ from brainldm.base.files import read_json, write_json
 _BEFORE_IT_WAS_RECORDED: dict[str, Any] = {
     "recipe.autoencoder.perceptual": "random",
     "recipe.autoencoder.local_histogram_weight": 0.0,
+    "recipe.diffusion.volume_reader": False,
     "perceptual_weights_sha256": [],
 }
 

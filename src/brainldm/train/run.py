@@ -4,7 +4,7 @@ RUN/run.json                      the resolved recipe, the cohort and the versio
 RUN/autoencoder/  RUN/diffusion/  log.jsonl, timing.jsonl, previews/, checkpoints/, summary.json
 RUN/autoencoder/reconstruction.*  what the autoencoder loses of held-out people
 RUN/cache/                        training images uncompressed, where they do not fit in memory; may be deleted
-RUN/latents/                      the cohort encoded once
+RUN/latents/                      the cohort encoded once, and what is measured in its reconstructions
 RUN/model/                        what `brainldm generate` takes
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from brainldm.model.folder import save_model
 from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.model.latent_population import FEWEST_FOR_A_POPULATION, LatentPopulation
 from brainldm.model.precision import autocast, choose_device, choose_precision
+from brainldm.model.volume_reader import FEWEST_FOR_A_READER, VolumeReader
 from brainldm.nets.atlas import AnyAutoencoder, AtlasAutoencoderConfig
 from brainldm.train.autoencoder_stage import AutoencoderStage
 from brainldm.train.checkpoint import load_newest
@@ -47,6 +48,7 @@ from brainldm.train.perceptual import PerceptualChoice
 from brainldm.train.record import record_run
 from brainldm.train.start_model import start_model
 from brainldm.train.tensorboard import check_tensorboard
+from brainldm.train.volume_reading import find_volume_reader
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,12 @@ class _Run:
                 f"{len(self.train)} people to train on do not show how latents follow the covariates; recipe "
                 f"{self.recipe.name!r} needs {FEWEST_FOR_A_POPULATION}.",
                 remedy="Prepare more people, or choose a recipe without latent_population.",
+            )
+        if self.recipe.diffusion.volume_reader and len(self.train) < FEWEST_FOR_A_READER:
+            raise UsageError(
+                f"{len(self.train)} people to train on do not show how volumes are read in an image; recipe "
+                f"{self.recipe.name!r} needs {FEWEST_FOR_A_READER}.",
+                remedy="Prepare more people, or choose a recipe without volume_reader.",
             )
         batches = {
             "autoencoder": self.recipe.autoencoder.batch,
@@ -356,6 +364,7 @@ class _Run:
         unet = stage.trained_unet()
         if not self.place.leads:
             return summary
+        reader, reader_facts = self._volume_reader(latents, autoencoder, people, key)
         training = {
             "recipe": self.recipe.name,
             "seed": self.recipe.seed,
@@ -368,13 +377,20 @@ class _Run:
             else "none",
             "perceptual_weights_sha256": list(self.perceptual.sha256),
             "volumes": "as decoded" if config.volumes_as_decoded else "as recorded",
+            "volume_reader": reader_facts,
             "autoencoder": autoencoder_summary,
             "diffusion": summary,
             "started_from": self.start_facts,
             "precision": self.precision,
             "versions": {"brainldm": brainldm.__version__, "torch": torch.__version__},
         }
-        model = LatentDiffusion(self._description(latents, scale, training), autoencoder, unet, population=population)
+        model = LatentDiffusion(
+            self._description(latents, scale, training, reader),
+            autoencoder,
+            unet,
+            population=population,
+            volume_reader=reader,
+        )
         save_model(self.out / "model", model)
         return summary
 
@@ -383,12 +399,7 @@ class _Run:
         and, where the recipe asks, as decoding changes it."""
         people, config = self.train.covariates, self.recipe.diffusion
         if config.volumes_as_decoded:
-
-            def decoded_XYZ(index: int) -> np.ndarray:
-                with torch.no_grad(), autocast(self.device, self.precision):
-                    image_BCXYZ = autoencoder.decode(latents.mean_NCXYZ[index : index + 1].to(self.device))
-                return image_BCXYZ[0, 0].float().cpu().numpy()
-
+            decoded_XYZ = self._decoder(latents, autoencoder)
             with self.place.leader_first():
                 kept = kept_volumes(self.out / "latents", self.train, decoded_XYZ, key, progress=self.progress)
             people = [
@@ -400,7 +411,44 @@ class _Run:
             for row, factor in zip(people * config.latent_views, latents.ventricle_factor_N.tolist())
         ]
 
-    def _description(self, latents: Latents, scale: float, training: dict[str, Any]) -> LatentDiffusionDescription:
+    def _decoder(self, latents: Latents, autoencoder: AnyAutoencoder) -> Callable[[int], np.ndarray]:
+        """What the autoencoder makes of the latent of that number: (X, Y, Z), float32."""
+
+        def decoded_XYZ(index: int) -> np.ndarray:
+            with torch.no_grad(), autocast(self.device, self.precision):
+                image_BCXYZ = autoencoder.decode(latents.mean_NCXYZ[index : index + 1].to(self.device))
+            return image_BCXYZ[0, 0].float().cpu().numpy()
+
+        return decoded_XYZ
+
+    def _volume_reader(
+        self, latents: Latents, autoencoder: AnyAutoencoder, told: list[Covariates], key: str
+    ) -> tuple[VolumeReader | None, dict[str, Any] | None]:
+        """The reader that the recipe asks for, and how well it reads; of the images as they are, without views."""
+        if not self.recipe.diffusion.volume_reader:
+            return None, None
+        people, voxel_mm = told[: len(self.train)], self.cohort.grid.voxel_mm
+        reader, facts = find_volume_reader(
+            self.out / "latents",
+            latents.mean_NCXYZ,
+            people,
+            self._decoder(latents, autoencoder),
+            voxel_mm,
+            key,
+            progress=self.progress,
+        )
+        if reader is None:
+            explained = ", ".join(f"{100 * share:.0f} % of {name}" for name, share in facts["explained"].items())
+            print(  # noqa: T201
+                f"warning: volumes cannot be read in reconstructions of {facts['people']} people ({explained} is "
+                "explained), so the model does not correct them. More people or more steps of stage 1 would help.",
+                file=sys.stderr,
+            )
+        return reader, facts
+
+    def _description(
+        self, latents: Latents, scale: float, training: dict[str, Any], reader: VolumeReader | None = None
+    ) -> LatentDiffusionDescription:
         _, c, x, y, z = latents.mean_NCXYZ.shape
         latent = LatentDescription(
             shape_CXYZ=(c, x, y, z),
@@ -419,6 +467,7 @@ class _Run:
             training=training,
             quality=quality_of(self.train) if training else None,
             licence=self.cohort.licence,
+            volume_reader=None if reader is None else reader.description(),
         )
 
 

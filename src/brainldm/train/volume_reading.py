@@ -1,0 +1,72 @@
+"""The volume reader of a run, fitted to the training people's reconstructions (model/volume_reader).
+
+RUN/latents/cells.safetensors   mean intensities of the reconstructions in cells, and which latents they are of
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from brainldm.base.covariates import VOLUMES, Covariates, covariates_array
+from brainldm.base.progress import Progress, Quiet
+from brainldm.model.tensors import write_tensors
+from brainldm.model.volume_reader import CELL_MM, LEAST_EXPLAINED, VolumeReader, cell_means, fitted_reader
+
+# Two thousand people's Gram matrix takes seconds, and more people hardly change a weighted sum.
+MOST_PEOPLE = 2000
+
+
+def find_volume_reader(
+    folder: Path,
+    latent_NCXYZ: torch.Tensor,
+    people: Sequence[Covariates],
+    decoded_XYZ: Callable[[int], np.ndarray],
+    voxel_mm: float,
+    key: str,
+    *,
+    progress: Progress = Quiet(),  # noqa: B008  # stateless
+) -> tuple[VolumeReader | None, dict[str, Any]]:
+    """The reader of `people` (what the U-Net is told of them) from their latents (N, C, x, y, z) and what
+    `decoded_XYZ` makes of them, and the facts of it. At most MOST_PEOPLE, evenly spread, are decoded, once for each
+    `key`. None where it explains less than LEAST_EXPLAINED of either volume in people left out: it would change images
+    by what it does not know."""
+    cell_voxels = max(1, round(CELL_MM / voxel_mm))
+    some = sorted({int(at) for at in np.linspace(0, len(people) - 1, min(len(people), MOST_PEOPLE))})
+    cells_NXYZ = _cells(folder / "cells.safetensors", some, decoded_XYZ, cell_voxels, key, progress)
+    told_N4 = covariates_array([people[at] for at in some])
+    latents = latent_NCXYZ[: len(people)] if len(some) == len(people) else latent_NCXYZ[some]
+    others_NF, volumes_N2 = np.split(told_N4, [-len(VOLUMES)], axis=1)
+    reader, explained_2 = fitted_reader(cell_voxels, cells_NXYZ, latents, others_NF, volumes_N2)
+    used = bool((explained_2 >= LEAST_EXPLAINED).all())
+    facts = {"people": len(some), "explained": dict(zip(VOLUMES, explained_2.tolist())), "used": used}
+    return (reader if used else None), facts
+
+
+def _cells(
+    path: Path,
+    people: list[int],
+    decoded_XYZ: Callable[[int], np.ndarray],
+    cell_voxels: int,
+    key: str,
+    progress: Progress,
+) -> torch.Tensor:
+    """(N, x, y, z), from the file where it is of the same latents."""
+    made_by = {"key": key, "cell_voxels": str(cell_voxels)}
+    if path.is_file():
+        with safe_open(path, framework="pt") as file:
+            if file.metadata() == made_by:
+                return file.get_tensor("cells")
+    progress.start("decoding training people", len(people))
+    rows = []
+    for index in people:
+        rows.append(cell_means(decoded_XYZ(index), cell_voxels))
+        progress.advance()
+    cells_NXYZ = torch.stack(rows)
+    write_tensors(path, {"cells": cells_NXYZ}, made_by)
+    return cells_NXYZ
