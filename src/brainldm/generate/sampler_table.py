@@ -2,7 +2,7 @@
 
 The deterministic samplers solve one differential equation, so the same noise leads to the same brain, and the distance
 to its (nearly) exact solution is what a sampler gets wrong. The stochastic ones (ddpm, ddim-original) go elsewhere by
-design and are not compared.
+design and are not compared. Images are decoded as the U-Net leaves them, also where a model reads and corrects volumes.
 """
 
 from __future__ import annotations

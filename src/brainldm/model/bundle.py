@@ -169,12 +169,13 @@ def _untold(model: LatentDiffusion) -> str:
         return "it has a noise schedule of its own"
     if (
         description.latent.by_population
-        or description.volume_reader is not None
         or unet.covariates_in_time
         or unet.fold != 1
         or description.covariates.scaling != "min_max"
     ):
         return "its latents or its covariates reach the U-Net in a way of its own"
+    if description.volume_reader is not None:
+        return "it reads the volumes of its images and corrects them"
     if description.covariates.ranges != CovariatesDescription(ranges=PAPER_RANGES.to_json()).ranges:
         return "it was told covariates on ranges of its own"
     if description.grid != GridDescription.of(GRIDS["paper"], network_x="right_to_left"):

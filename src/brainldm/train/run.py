@@ -33,7 +33,7 @@ from brainldm.model.folder import save_model
 from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.model.latent_population import FEWEST_FOR_A_POPULATION, LatentPopulation
 from brainldm.model.precision import autocast, choose_device, choose_precision
-from brainldm.model.volume_reader import FEWEST_FOR_A_READER, VolumeReader
+from brainldm.model.volume_reader import LEAST_EXPLAINED, VolumeReader
 from brainldm.nets.atlas import AnyAutoencoder, AtlasAutoencoderConfig
 from brainldm.train.autoencoder_stage import AutoencoderStage
 from brainldm.train.checkpoint import load_newest
@@ -193,12 +193,6 @@ class _Run:
                 f"{len(self.train)} people to train on do not show how latents follow the covariates; recipe "
                 f"{self.recipe.name!r} needs {FEWEST_FOR_A_POPULATION}.",
                 remedy="Prepare more people, or choose a recipe without latent_population.",
-            )
-        if self.recipe.diffusion.volume_reader and len(self.train) < FEWEST_FOR_A_READER:
-            raise UsageError(
-                f"{len(self.train)} people to train on do not show how volumes are read in an image; recipe "
-                f"{self.recipe.name!r} needs {FEWEST_FOR_A_READER}.",
-                remedy="Prepare more people, or choose a recipe without volume_reader.",
             )
         batches = {
             "autoencoder": self.recipe.autoencoder.batch,
@@ -441,7 +435,9 @@ class _Run:
             explained = ", ".join(f"{100 * share:.0f} % of {name}" for name, share in facts["explained"].items())
             print(  # noqa: T201
                 f"warning: volumes cannot be read in reconstructions of {facts['people']} people ({explained} is "
-                "explained), so the model does not correct them. More people or more steps of stage 1 would help.",
+                "explained; it takes "
+                f"{100 * LEAST_EXPLAINED:.0f} %), so the model does not correct them. More people would help, or more "
+                "steps of stage 1.",
                 file=sys.stderr,
             )
         return reader, facts

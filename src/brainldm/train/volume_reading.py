@@ -1,6 +1,7 @@
 """The volume reader of a run, fitted to the training people's reconstructions (model/volume_reader).
 
-RUN/latents/cells.safetensors   mean intensities of the reconstructions in cells, and which latents they are of
+RUN/latents/cells.safetensors   mean intensities of the reconstructions in cells, and which latents they are of; those
+                                found so far, while they are decoded
 """
 
 from __future__ import annotations
@@ -11,15 +12,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from brainldm.base.covariates import VOLUMES, Covariates, covariates_array
 from brainldm.base.progress import Progress, Quiet
 from brainldm.model.tensors import write_tensors
-from brainldm.model.volume_reader import CELL_MM, LEAST_EXPLAINED, VolumeReader, cell_means, fitted_reader
+from brainldm.model.volume_reader import (
+    CELL_MM,
+    FEWEST_FOR_A_READER,
+    LEAST_EXPLAINED,
+    VolumeReader,
+    cell_means,
+    fitted_reader,
+)
 
 # Two thousand people's Gram matrix takes seconds, and more people hardly change a weighted sum.
 MOST_PEOPLE = 2000
+PART_LENGTH = 64
 
 
 def find_volume_reader(
@@ -34,8 +43,10 @@ def find_volume_reader(
 ) -> tuple[VolumeReader | None, dict[str, Any]]:
     """The reader of `people` (what the U-Net is told of them) from their latents (N, C, x, y, z) and what
     `decoded_XYZ` makes of them, and the facts of it. At most MOST_PEOPLE, evenly spread, are decoded, once for each
-    `key`. None where it explains less than LEAST_EXPLAINED of either volume in people left out: it would change images
-    by what it does not know."""
+    `key`; an interrupted decoding is gone on with. None where it explains less than LEAST_EXPLAINED of either volume in
+    people left out, or where these are fewer than FEWEST_FOR_A_READER."""
+    if len(people) < FEWEST_FOR_A_READER:
+        return None, {"people": len(people), "explained": dict.fromkeys(VOLUMES, 0.0), "used": False}
     cell_voxels = max(1, round(CELL_MM / voxel_mm))
     some = sorted({int(at) for at in np.linspace(0, len(people) - 1, min(len(people), MOST_PEOPLE))})
     cells_NXYZ = _cells(folder / "cells.safetensors", some, decoded_XYZ, cell_voxels, key, progress)
@@ -56,17 +67,22 @@ def _cells(
     key: str,
     progress: Progress,
 ) -> torch.Tensor:
-    """(N, x, y, z), from the file where it is of the same latents."""
-    made_by = {"key": key, "cell_voxels": str(cell_voxels)}
-    if path.is_file():
+    """(N, x, y, z); those that the file holds of the same latents are not decoded again."""
+    made_by = {"key": key, "cell_voxels": str(cell_voxels), "people": str(len(people))}
+    rows = _found_before(path, made_by)
+    if len(rows) < len(people):
+        progress.start("decoding training people", len(people), len(rows))
+    while len(rows) < len(people):
+        for index in people[len(rows) : len(rows) + PART_LENGTH]:
+            rows.append(cell_means(decoded_XYZ(index), cell_voxels))
+            progress.advance()
+        write_tensors(path, {"cells": torch.stack(rows)}, made_by)
+    return torch.stack(rows)
+
+
+def _found_before(path: Path, made_by: dict[str, str]) -> list[torch.Tensor]:
+    try:
         with safe_open(path, framework="pt") as file:
-            if file.metadata() == made_by:
-                return file.get_tensor("cells")
-    progress.start("decoding training people", len(people))
-    rows = []
-    for index in people:
-        rows.append(cell_means(decoded_XYZ(index), cell_voxels))
-        progress.advance()
-    cells_NXYZ = torch.stack(rows)
-    write_tensors(path, {"cells": cells_NXYZ}, made_by)
-    return cells_NXYZ
+            return list(file.get_tensor("cells")) if file.metadata() == made_by else []
+    except (SafetensorError, OSError):  # none, or damaged
+        return []
