@@ -8,10 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from brainldm.base.covariates import Covariates
 from brainldm.base.errors import BadInput, PartialFailure, UsageError
@@ -19,6 +21,7 @@ from brainldm.base.files import sha256_of
 from brainldm.base.manifest import Manifest
 from brainldm.base.nifti import read_nifti
 from brainldm.base.tables import read_table
+from brainldm.cohort.normalise import drawn_into_unit_range
 from brainldm.generate import run as generation
 from brainldm.generate.dataset import image_name
 from brainldm.generate.plan import PlanRow, Sweep, make_plan, read_plan, write_plan
@@ -274,3 +277,29 @@ def test_a_model_that_was_always_told_cannot_be_guided(tiny_run: Path) -> None:
         check_settings(description, GenerateSettings(guidance=2.0))
     with pytest.raises(UsageError, match="a guidance of nan"):
         check_settings(description, GenerateSettings(guidance=float("nan")))
+
+
+def test_what_goes_beyond_the_range_is_drawn_together_not_cut_off(model: LatentDiffusion, tmp_path: Path) -> None:
+    image_XYZ = np.linspace(-0.2, 1.3, 1000, dtype=np.float32).reshape(10, 10, 10)
+    drawn_XYZ = drawn_into_unit_range(image_XYZ)
+    assert drawn_XYZ.dtype == np.float32 and drawn_XYZ.min() == 0 and drawn_XYZ.max() == 1
+    assert np.array_equal(drawn_XYZ[image_XYZ <= 0.9], np.maximum(image_XYZ[image_XYZ <= 0.9], 0))
+    assert (np.diff(drawn_XYZ[image_XYZ > 0]) > 0).all()
+    assert np.array_equal(drawn_into_unit_range(image_XYZ / 2), np.maximum(image_XYZ / 2, 0))
+
+    brighter = replace(model, autoencoder=Brighter(model.autoencoder))
+    generate(brighter, tmp_path, plan_of(model, 1), FAST)
+    written = read_nifti(next(tmp_path.rglob("*_T1w.nii.gz"))).data_XYZ
+    assert (written == 1).sum() == 1 and (written > 0.9).mean() > 0.2
+
+
+class Brighter(torch.nn.Module):
+    """An autoencoder whose images go far beyond 1."""
+
+    def __init__(self, autoencoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def decode(self, latent_BCXYZ: torch.Tensor) -> torch.Tensor:
+        image_B1XYZ = self.autoencoder.decode(latent_BCXYZ)
+        return 0.5 * image_B1XYZ + torch.linspace(0.5, 1.5, image_B1XYZ.shape[-1])

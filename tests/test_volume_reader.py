@@ -66,7 +66,7 @@ def test_what_is_told_is_shown_and_nothing_else_changes(reader: VolumeReader) ->
     assert float((changed_CXYZ - latent_CXYZ)[1].abs().max()) < 0.35 * float(moved_V[:9].max())
 
 
-def test_an_image_is_read_as_it_is_written(reader: VolumeReader) -> None:
+def test_what_goes_beyond_the_range_is_read_as_its_end(reader: VolumeReader) -> None:
     image_XYZ = decoded(people(1)[0][0])
     image_XYZ[0, 0, 0], image_XYZ[3, 5, 3] = -5.0, 7.0
     assert np.array_equal(reader.read(image_XYZ), reader.read(np.clip(image_XYZ, 0, 1)))

@@ -11,6 +11,7 @@ from brainldm.base.errors import BadInput
 MASKED_SHARE = 0.2
 # Prepared and generated images lie in 0..1; this far outside is rounding or a decoder's overshoot, and is clipped.
 UNIT_TOLERANCE = 0.1
+SHOULDER = 0.9
 
 
 def is_masked(data_XYZ: np.ndarray) -> bool:
@@ -49,6 +50,17 @@ def unit_range(data_XYZ: np.ndarray, *, percentile: float | None = None) -> np.n
             reason="constant",
         )
     return np.clip((data_XYZ - low) / np.float32(high - low), 0, 1)
+
+
+def drawn_into_unit_range(data_XYZ: np.ndarray) -> np.ndarray:
+    """A decoder's image in 0..1. Where it goes beyond 1, all that is brighter than SHOULDER is drawn together, so that
+    its brightest voxel is 1, as that of every min-max scaled image is; cut off there, it would have flat patches."""
+    data_XYZ = np.maximum(data_XYZ, 0.0)
+    brightest = data_XYZ.max()
+    if brightest <= 1:
+        return data_XYZ
+    drawn_XYZ = SHOULDER + (data_XYZ - SHOULDER) * ((1 - SHOULDER) / (brightest - SHOULDER))
+    return np.where(data_XYZ > SHOULDER, np.minimum(drawn_XYZ, 1.0), data_XYZ).astype(data_XYZ.dtype)
 
 
 def to_unit(data_XYZ: np.ndarray) -> tuple[np.ndarray, bool]:

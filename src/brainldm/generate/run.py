@@ -23,6 +23,7 @@ from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import stream
 from brainldm.base.tables import write_table
 from brainldm.base.volume import Grid
+from brainldm.cohort.normalise import drawn_into_unit_range
 from brainldm.cohort.quality import Population, figures_of
 from brainldm.diffusion.solvers import DEFAULT_SAMPLER, SAMPLERS, sampler_named
 from brainldm.generate.dataset import as_bundle, bundle_grid, image_name, write_description, write_image
@@ -272,9 +273,12 @@ def _sample_until_sound(
         )
         for position, image_XYZ in zip(open_rows, sampled_BXYZ):
             attempts[position] = attempt
+            if is_sound(image_XYZ):
+                # The published bundle cuts off what is beyond 1; as it does, its numbers come out.
+                image_XYZ = np.clip(image_XYZ, 0.0, 1.0) if settings.as_bundle else drawn_into_unit_range(image_XYZ)
             objections[position] = objection_to(image_XYZ, population, model.grid.voxel_mm)
             if not objections[position]:
-                images[position] = np.clip(image_XYZ, 0.0, 1.0)
+                images[position] = image_XYZ
     return images, attempts, objections
 
 
