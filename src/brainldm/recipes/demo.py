@@ -16,7 +16,8 @@ def demo() -> Recipe:
     That made the shipped model; its card says how long it took and what it scores. The autoencoder moves and mixes
     atlases (nets/atlas), and no convolution of it runs at full resolution; the U-Net folds 2 x 2 x 2 of the latent's
     voxels into channels, and begins at the population's mean latent for the given covariates. Its widths are what fits
-    a package of 25 MB. Images are flipped, which is right for phantoms alone: their template is symmetric.
+    a package of 25 MB. Volumes are read in each image and corrected (model/volume_reader), which takes 20 people or
+    more. Images are flipped, which is right for phantoms alone: their template is symmetric.
     """
     flips = Augmentation(flip_probability=0.5)
     return Recipe(
