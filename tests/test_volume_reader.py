@@ -66,6 +66,18 @@ def test_what_is_told_is_shown_and_nothing_else_changes(reader: VolumeReader) ->
     assert float((changed_CXYZ - latent_CXYZ)[1].abs().max()) < 0.35 * float(moved_V[:9].max())
 
 
+def test_far_beyond_the_people_nothing_is_corrected(reader: VolumeReader) -> None:
+    latent_NCXYZ, volumes_N2, _ = people(420)
+    latent_CXYZ, image_XYZ = latent_NCXYZ[-1], decoded(latent_NCXYZ[-1])
+    farthest = reader.changed(latent_CXYZ, image_XYZ, np.array(reader.highest_mm3_2))
+    assert torch.equal(reader.changed(latent_CXYZ, image_XYZ, np.array([1e6, 1e7])), farthest)
+    assert reader.read(decoded(farthest)) == pytest.approx(reader.highest_mm3_2, rel=1e-3)
+    assert (volumes_N2[:400].max(axis=0) < reader.highest_mm3_2).all()
+    beyond_CXYZ = latent_CXYZ + 5 * (farthest - latent_CXYZ)
+    assert (reader.read(decoded(beyond_CXYZ)) > reader.highest_mm3_2).all()
+    assert torch.equal(reader.changed(beyond_CXYZ, decoded(beyond_CXYZ), np.array([1e6, 1e7])), beyond_CXYZ)
+
+
 def test_what_goes_beyond_the_range_is_read_as_its_end(reader: VolumeReader) -> None:
     image_XYZ = decoded(people(1)[0][0])
     image_XYZ[0, 0, 0], image_XYZ[3, 5, 3] = -5.0, 7.0

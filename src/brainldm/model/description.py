@@ -214,6 +214,8 @@ class VolumeReaderDescription(Strict):
     cell_voxels: int = Field(ge=1)
     centre_mm3: tuple[float, float]
     spread_mm3: tuple[float, float]
+    lowest_mm3: tuple[float, float]
+    highest_mm3: tuple[float, float]
 
 
 class WeightsFile(Strict):

@@ -281,7 +281,8 @@ def _read_volume_reader(folder: Path, description: LatentDiffusionDescription) -
     }
     tensors = _read_tensors(folder / VOLUME_READER_NAME, description, wanted)
     parts = (tensors[name].float() for name in wanted)
-    return VolumeReader(facts.cell_voxels, facts.centre_mm3, facts.spread_mm3, *parts)
+    volumes = (facts.centre_mm3, facts.spread_mm3, facts.lowest_mm3, facts.highest_mm3)
+    return VolumeReader(facts.cell_voxels, *volumes, *parts)
 
 
 def _read_tensors(

@@ -31,17 +31,22 @@ _PENALTIES = np.logspace(-2, 1, 7)  # of ridge regression, relative to the cells
 # Cells that differ less than this share of the mean cell (air) are not blown up.
 _LEAST_STD = 0.05
 _VOXELS_AT_ONCE = 4096
+# So many spreads beyond the training people a reading is still trusted: calibration tells a little more than is asked.
+_MARGIN = 0.5
 
 
 @dataclass(frozen=True)
 class VolumeReader:
     """Of ventricles and brain, in this order (2): their `centre_mm3_2` and `spread_mm3_2` in the training people. One
     spread of what is read is a change by `directions_2CXYZ` of the latent, and a sum of `weights_2XYZ` over cells of
-    `cell_voxels` along each axis, about `cells_XYZ`, the mean ones."""
+    `cell_voxels` along each axis, about `cells_XYZ`, the mean ones. Below `lowest_mm3_2` and above `highest_mm3_2`
+    nothing is corrected: there a straight line through people deforms what is none of theirs."""
 
     cell_voxels: int
     centre_mm3_2: tuple[float, float]
     spread_mm3_2: tuple[float, float]
+    lowest_mm3_2: tuple[float, float]
+    highest_mm3_2: tuple[float, float]
     cells_XYZ: torch.Tensor
     weights_2XYZ: torch.Tensor
     directions_2CXYZ: torch.Tensor
@@ -53,14 +58,22 @@ class VolumeReader:
         return np.array(self.centre_mm3_2) + np.array(self.spread_mm3_2) * read_2
 
     def changed(self, latent_CXYZ: torch.Tensor, image_XYZ: np.ndarray, told_mm3_2: np.ndarray) -> torch.Tensor:
-        """The latent of that image, changed by what its volumes miss of those told."""
-        missed_2 = (told_mm3_2 - self.read(image_XYZ)) / np.array(self.spread_mm3_2)
+        """The latent of that image, changed by what its volumes miss of those told, both as far as they are trusted."""
+        told_2, read_2 = (
+            np.clip(volumes_2, self.lowest_mm3_2, self.highest_mm3_2)
+            for volumes_2 in (told_mm3_2, self.read(image_XYZ))
+        )
+        missed_2 = (told_2 - read_2) / np.array(self.spread_mm3_2)
         change_2 = torch.from_numpy(missed_2.astype(np.float32)).to(latent_CXYZ.device)
         return latent_CXYZ + torch.einsum("v,vcxyz->cxyz", change_2, self.directions_2CXYZ.to(latent_CXYZ.device))
 
     def description(self) -> VolumeReaderDescription:
         return VolumeReaderDescription(
-            cell_voxels=self.cell_voxels, centre_mm3=self.centre_mm3_2, spread_mm3=self.spread_mm3_2
+            cell_voxels=self.cell_voxels,
+            centre_mm3=self.centre_mm3_2,
+            spread_mm3=self.spread_mm3_2,
+            lowest_mm3=self.lowest_mm3_2,
+            highest_mm3=self.highest_mm3_2,
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -105,12 +118,20 @@ def fitted_reader(
     design_NG = np.column_stack([np.ones(len(read_N2)), others_NF, read_N2])
     solve_2N = torch.from_numpy(np.linalg.pinv(design_NG)[-2:])
     directions = [solve_2N @ part.double() for part in latent_NCXYZ.flatten(1).split(_VOXELS_AT_ONCE, 1)]
+    margin_2 = _MARGIN * spread_2
     reader = VolumeReader(
         cell_voxels,
-        (float(centre_2[0]), float(centre_2[1])),
-        (float(spread_2[0]), float(spread_2[1])),
+        _pair(centre_2),
+        _pair(spread_2),
+        _pair(volumes_mm3_N2.min(axis=0) - margin_2),
+        _pair(volumes_mm3_N2.max(axis=0) + margin_2),
         cells_XYZ.float(),
         weights_2XYZ.float(),
         torch.cat(directions, 1).reshape(2, *latent_NCXYZ.shape[1:]).float(),
     )
     return reader, explained_2
+
+
+def _pair(values_2: np.ndarray) -> tuple[float, float]:
+    ventricles, brain = values_2.tolist()
+    return ventricles, brain
