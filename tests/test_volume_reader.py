@@ -26,7 +26,7 @@ from brainldm.train.run import train
 from brainldm.train.volume_reading import find_volume_reader
 from conftest import tiny_recipe, write_tiny_cohort
 
-LATENT_CXYZ, IMAGE_XYZ = (2, 2, 3, 2), (4, 6, 4)
+LATENT_CXYZ = (2, 2, 3, 2)
 BLOCK = np.ones((2, 2, 2), np.float32)
 
 

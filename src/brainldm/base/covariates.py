@@ -88,6 +88,11 @@ def covariates_array(rows: Sequence[Covariates]) -> np.ndarray:
     return np.array([row.as_array() for row in rows], dtype=np.float64).reshape(len(rows), len(COVARIATES))
 
 
+def volumes_array(rows: Sequence[Covariates]) -> np.ndarray:
+    """float64, shape (n, 2): ventricles and brain, mm^3."""
+    return covariates_array(rows)[:, -len(VOLUMES) :]
+
+
 # ------------------------------------------------------------------------------------------------- the door to 0..1
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import brainldm
-from brainldm.base.covariates import implausible
+from brainldm.base.covariates import VOLUMES, implausible
 from brainldm.base.errors import BadInput, BrainldmError, EnvironmentProblem, PartialFailure, UsageError
 from brainldm.base.files import locked_folder, read_json, write_json, write_text
 from brainldm.base.manifest import Manifest
@@ -37,7 +37,6 @@ from brainldm.cohort.unires import unires_python
 
 __all__ = ["PrepareConfig", "PrepareSummary", "prepare_study"]
 
-_VOLUMES = ("ventricles_mm3", "brain_mm3")
 # A file name holds the id, the entities and, while it is written, a part prefix; it ends at 255 bytes.
 _LONGEST_ID_BYTES = 200
 
@@ -162,16 +161,16 @@ def _known_volumes(study: Study, config: PrepareConfig) -> tuple[dict[str, dict[
     known: dict[str, dict[str, float]] = {}
     failures: list[Failure] = []
     if config.volumes == "table":
-        missing = [c for c in _VOLUMES if c not in study.columns]
+        missing = [c for c in VOLUMES if c not in study.columns]
         if missing:
             raise BadInput(
                 f"participants.tsv has no column {missing[0]!r}; it has: {', '.join(study.columns) or 'no others'}.",
-                remedy=f"Add {' and '.join(_VOLUMES)}, or let them be measured: --volumes measure.",
+                remedy=f"Add {' and '.join(VOLUMES)}, or let them be measured: --volumes measure.",
                 path=study.root / "participants.tsv",
                 reason="missing_column",
             )
         told, remedy = "the study's table", "Write it in mm^3, or use --volumes measure."
-        cells = {s.participant_id: {c: s.others[c] for c in _VOLUMES} for s in study.scans}
+        cells = {s.participant_id: {c: s.others[c] for c in VOLUMES} for s in study.scans}
     else:
         told, remedy = Path(config.volumes).name, "Measure this person too, or use --volumes measure."
         from brainldm.cohort.measure import measured_from_tables
@@ -182,7 +181,7 @@ def _known_volumes(study: Study, config: PrepareConfig) -> tuple[dict[str, dict[
         }
     for scan in study.scans:
         fault, values = "", {}
-        for name in _VOLUMES:
+        for name in VOLUMES:
             text = _of_person(cells, scan.participant_id).get(name, "")
             try:
                 values[name] = float(text)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from brainldm.base.covariates import implausible
+from brainldm.base.covariates import VOLUMES, implausible
 from brainldm.base.derivative import SPACE
 from brainldm.base.errors import BadInput
 from brainldm.base.files import sha256_of, write_json
@@ -76,7 +76,7 @@ def prepare_scan(task: ScanTask) -> dict[str, Any]:
     if task.measure:
         # What UniRes gives is scaled, and ventricles are wanted as they are in the scan.
         result = TemplateMeasure()(native if config.register == "unires" else placed, registration)
-        for name in ("ventricles_mm3", "brain_mm3"):
+        for name in VOLUMES:
             if fault := implausible(name, getattr(result, name)):
                 raise BadInput(
                     f"the {name.removesuffix('_mm3')} measured in it {fault}: {getattr(result, name):.0f} mm^3.",

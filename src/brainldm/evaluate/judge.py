@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from brainldm.base.covariates import VOLUMES
 from brainldm.base.errors import BadInput
 from brainldm.base.manifest import Manifest
 from brainldm.base.progress import Progress
@@ -44,7 +45,6 @@ from brainldm.evaluate.rows import (
 
 # Comparisons that hold many images at once take at most so many of a side, drawn at random.
 MAX_SKETCHED = 1000
-MEASURED = ("ventricles_mm3", "brain_mm3")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Judge:
         write_measured(self.out / "measured_reference.tsv", real.images, measured_real, known_as="recorded")
 
         # The judgements
-        found = dict.fromkeys(MEASURED, (measured, measured_real))
+        found = dict.fromkeys(VOLUMES, (measured, measured_real))
         for name, predictor in self.predictors.items():
             found[name] = self.predicted(synthetic, "synthetic", predictor), self.predicted(real, "real", predictor)
         rows = self.conditioning(synthetic, real, found, outside)
@@ -279,7 +279,7 @@ class Judge:
         self, synthetic: Examination, real: Examination, measured: Measurements, measured_real: Measurements
     ) -> list[Row]:
         rows = []
-        for covariate in MEASURED:
+        for covariate in VOLUMES:
             own, others = (
                 [value for look in found.images if (value := by.value(look, covariate)) is not None]
                 for found, by in ((synthetic, measured), (real, measured_real))

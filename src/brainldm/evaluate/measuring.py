@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from brainldm.base.covariates import CONTINUOUS, COVARIATES
+from brainldm.base.covariates import CONTINUOUS, COVARIATES, VOLUMES
 from brainldm.base.errors import BadInput, EnvironmentProblem
 from brainldm.base.manifest import Manifest
 from brainldm.base.nifti import read_nifti
@@ -157,7 +157,7 @@ def measured_in_table(images: Sequence[Examined], side: str, path: Path) -> Meas
             )
             failures.append(Failure.of(side, look.image, missing))
             continue
-        values = {name: float(getattr(measured, name)) for name in ("ventricles_mm3", "brain_mm3")}
+        values = {name: float(getattr(measured, name)) for name in VOLUMES}
         found[look.sha256] = Measurement(values, {}, measured.regions)
     return Measurements(f"table:{path.name}", found, tuple(failures))
 

@@ -9,14 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from brainldm.base.covariates import (
-    NOT_TOLD,
-    VOLUMES,
-    CovariateModel,
-    CovariateRanges,
-    Covariates,
-    covariates_array,
-)
+from brainldm.base.covariates import NOT_TOLD, CovariateModel, CovariateRanges, Covariates, volumes_array
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.volume import Grid
 from brainldm.diffusion.solvers import DEFAULT_SAMPLER, SAMPLERS, Denoise, Sampler
@@ -126,7 +119,7 @@ class LatentDiffusion:
         image_BXYZ = self.decode(latent_BCXYZ, progress)
         if self.volume_reader is None:
             return image_BXYZ
-        told_B2 = covariates_array(self.description.covariates.told(covariates))[:, -len(VOLUMES) :]
+        told_B2 = volumes_array(self.description.covariates.told(covariates))
         changed = [self.volume_reader.changed(*row) for row in zip(latent_BCXYZ, image_BXYZ, told_B2)]
         return self.decode(torch.stack(changed), progress)
 

@@ -81,8 +81,8 @@ class VolumeReader:
 
 
 def cell_means(image_XYZ: np.ndarray, cell_voxels: int) -> torch.Tensor:
-    """Mean intensities in cells of so many voxels along each axis, of an image clipped to 0..1; what
-    is left over at an end counts nowhere."""
+    """Mean intensities in cells of so many voxels along each axis, of an image clipped to 0..1; what is left over at an
+    end counts nowhere."""
     image = torch.from_numpy(np.clip(image_XYZ, 0.0, 1.0, dtype=np.float32))
     return avg_pool3d(image[None, None], cell_voxels)[0, 0]
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import brainldm
-from brainldm.base.covariates import VOLUMES, Covariates
+from brainldm.base.covariates import VOLUMES, Covariates, volumes_array
 from brainldm.base.errors import PartialFailure, UsageError
 from brainldm.base.files import atomic_path, make_folder, write_json
 from brainldm.base.progress import Progress, Quiet
@@ -140,7 +140,7 @@ def calibrate(
             "instrument": name,
         }
     )
-    asked_N2 = np.array([[getattr(row, volume) for volume in VOLUMES] for row in asked])
+    asked_N2 = volumes_array(asked)
     found = Calibration(
         response,
         dict(zip(VOLUMES, scatter_2.tolist())),

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from brainldm.base.covariates import COVARIATES
+from brainldm.base.covariates import COVARIATES, VOLUMES
 from brainldm.base.errors import BadInput, PartialFailure
 from brainldm.base.pool import each_in_a_pool
 from brainldm.base.progress import Progress
@@ -198,10 +198,7 @@ def extrapolation_figures(
             sweeps[name] = {"asked_mm3": asked, "measured_mm3": measured, "monotone": is_monotone(asked, measured)}
             position += len(shares)
         noises.append({"seed": seed + number, **sweeps})
-    shares_of = {
-        name: share(sum(noise[name]["monotone"] for noise in noises), NOISES)
-        for name in ("ventricles_mm3", "brain_mm3")
-    }
+    shares_of = {name: share(sum(noise[name]["monotone"] for noise in noises), NOISES) for name in VOLUMES}
     return figure(
         shares_of["ventricles_mm3"],
         seed,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from brainldm.cohort.dataset import data_order
 
 
@@ -24,3 +26,8 @@ class BatchOrder:
             self._current = current = (epoch, data_order(self._seed, epoch, self._count))
         order = current[1]
         return [int(i) for i in order[position * self._batch : (position + 1) * self._batch]]
+
+
+def evenly_spread(count: int, most: int) -> list[int]:
+    """At most `most` of 0..count-1, evenly spread."""
+    return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most))})

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from brainldm.base.covariates import CovariateModel, CovariateRanges, Covariates
 from brainldm.base.volume import Grid
 from brainldm.cohort.dataset import VolumeDataset
@@ -20,6 +18,7 @@ from brainldm.model.description import (
     UNetDescription,
     describe_autoencoder,
 )
+from brainldm.train.batches import evenly_spread
 from brainldm.train.config import Recipe
 from brainldm.train.diffusion_stage import unet_config
 
@@ -60,11 +59,6 @@ def quality_of(people: VolumeDataset) -> dict[str, Any] | None:
     """What training images look like in a few figures, from at most QUALITY_IMAGES of them; None where they are too
     few."""
     voxel_mm = people.cohort.grid.voxel_mm
-    found = [figures_of(people.image_XYZ(index), voxel_mm) for index in _some(len(people), QUALITY_IMAGES)]
+    found = [figures_of(people.image_XYZ(index), voxel_mm) for index in evenly_spread(len(people), QUALITY_IMAGES)]
     population = Population.fitted(figures for figures in found if figures is not None)
     return None if population is None else population.to_json()
-
-
-def _some(count: int, most: int) -> list[int]:
-    """At most `most` of 0..count-1, evenly spread."""
-    return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most))})

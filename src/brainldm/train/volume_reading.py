@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from brainldm.base.covariates import VOLUMES, Covariates, covariates_array
+from brainldm.base.covariates import VOLUMES, Covariates, covariates_array, volumes_array
 from brainldm.base.progress import Progress, Quiet
 from brainldm.model.tensors import write_tensors
 from brainldm.model.volume_reader import (
@@ -25,6 +25,7 @@ from brainldm.model.volume_reader import (
     cell_means,
     fitted_reader,
 )
+from brainldm.train.batches import evenly_spread
 
 # Two thousand people's Gram matrix takes seconds, and more people hardly change a weighted sum.
 MOST_PEOPLE = 2000
@@ -48,12 +49,12 @@ def find_volume_reader(
     if len(people) < FEWEST_FOR_A_READER:
         return None, {"people": len(people), "explained": dict.fromkeys(VOLUMES, 0.0), "used": False}
     cell_voxels = max(1, round(CELL_MM / voxel_mm))
-    some = sorted({int(at) for at in np.linspace(0, len(people) - 1, min(len(people), MOST_PEOPLE))})
+    some = evenly_spread(len(people), MOST_PEOPLE)
     cells_NXYZ = _cells(folder / "cells.safetensors", some, decoded_XYZ, cell_voxels, key, progress)
-    told_N4 = covariates_array([people[at] for at in some])
+    told = [people[at] for at in some]
     latents = latent_NCXYZ[: len(people)] if len(some) == len(people) else latent_NCXYZ[some]
-    others_NF, volumes_N2 = np.split(told_N4, [-len(VOLUMES)], axis=1)
-    reader, explained_2 = fitted_reader(cell_voxels, cells_NXYZ, latents, others_NF, volumes_N2)
+    others_NF = covariates_array(told)[:, : -len(VOLUMES)]
+    reader, explained_2 = fitted_reader(cell_voxels, cells_NXYZ, latents, others_NF, volumes_array(told))
     used = bool((explained_2 >= LEAST_EXPLAINED).all())
     facts = {"people": len(some), "explained": dict(zip(VOLUMES, explained_2.tolist())), "used": used}
     return (reader if used else None), facts
