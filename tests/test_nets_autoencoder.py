@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -160,7 +162,7 @@ def test_checkpointing_gives_the_same_gradients() -> None:
 
 
 def test_checkpointing_keeps_fewer_feature_maps() -> None:
-    def bytes_kept(autoencoder: Autoencoder) -> int:
+    def bytes_kept(run: Callable[[torch.Tensor], object], *shape: int) -> int:
         kept = 0
 
         def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -169,10 +171,13 @@ def test_checkpointing_keeps_fewer_feature_maps() -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            autoencoder.decode(draw(1, 3, 4, 4, 4))
+            run(draw(*shape))
         return kept
 
-    assert bytes_kept(build(checkpointing=True)) < 0.5 * bytes_kept(build())
+    plain, sparing = build(), build(checkpointing=True)
+    latent, image = (1, 3, 4, 4, 4), (1, 1, 16, 16, 16)
+    assert bytes_kept(sparing.decode, *latent) < 0.5 * bytes_kept(plain.decode, *latent)
+    assert bytes_kept(sparing.encode, *image) < 0.1 * bytes_kept(plain.encode, *image), "maps between the blocks too"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from brainldm.nets import slabbed_gradient
 from brainldm.nets.blocks import (
     Attention,
     Convolution,
@@ -100,3 +101,28 @@ def test_the_networks_import_without_monai() -> None:
         "brainldm.diffusion.solvers; sys.exit('monai' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize(("kernel", "stride", "doubles"), [(3, 1, False), (3, 2, False), (1, 1, False), (3, 1, True)])
+@pytest.mark.parametrize("planes", [1, 2, 5, 100])
+def test_a_large_map_s_gradients_come_slab_by_slab(
+    kernel: int, stride: int, doubles: bool, planes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convolution = Convolution(4, 3, kernel, stride, doubles)
+
+    def gradients() -> list[torch.Tensor]:
+        x = draw(2, 4, 13, 6, 7).requires_grad_()
+        convolution.zero_grad()
+        y = convolution(x)
+        (y * draw(*y.shape, seed=1)).sum().backward()
+        weights = convolution.conv.weight.grad, convolution.conv.bias.grad
+        return [found.clone() for found in (y, x.grad, *weights) if found is not None]
+
+    whole, calls = gradients(), []
+    summed = slabbed_gradient.conv3d_weight
+    monkeypatch.setattr(slabbed_gradient, "conv3d_weight", lambda *given: calls.append(1) or summed(*given))
+    monkeypatch.setattr(slabbed_gradient, "LARGE", 0)
+    monkeypatch.setattr(slabbed_gradient, "SLAB", planes * stride * 2 * 4 * 6 * 7 * (4 if doubles else 1))
+    torch.testing.assert_close(gradients(), whole, atol=1e-4, rtol=1e-5)
+    made = whole[0].shape[2]
+    assert len(whole) == 4 and len(calls) == -(-made // planes)

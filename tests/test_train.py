@@ -345,7 +345,7 @@ def test_sigterm_between_the_steps_ends_the_run_and_keeps_what_is_finished(
             if self.what == "encoding latents" and self.done == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("brainldm.train.latents.PART_LENGTH", 2)
+    monkeypatch.setattr("brainldm.train.parts.PART_LENGTH", 2)
     with pytest.raises(Terminated, match="what is finished is kept"):
         train(tiny_recipe(), tiny_cohort, tmp_path, progress=SignalledAtTheThird())
     assert len(list((tmp_path / "latents" / "encoding").iterdir())) == 1

@@ -18,7 +18,7 @@ from brainldm.train.latents import Latents, encode_cohort
 def test_an_interrupted_encoding_goes_on_with_the_parts_that_are_whole(
     tiny_run: Path, tiny_cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("brainldm.train.latents.PART_LENGTH", 3)
+    monkeypatch.setattr("brainldm.train.parts.PART_LENGTH", 3)
     dataset = VolumeDataset(PreparedCohort.open(tiny_cohort), "train")
     autoencoder = load_latent_diffusion(tiny_run / "model").autoencoder
     images: list[int] = []

@@ -112,7 +112,7 @@ def test_cells_are_decoded_once_and_what_cannot_be_read_gives_no_reader(
 def test_an_interrupted_decoding_is_gone_on_with_and_a_damaged_file_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(volume_reading, "PART_LENGTH", 20)
+    monkeypatch.setattr("brainldm.train.parts.PART_LENGTH", 20)
     latent_NCXYZ, _, rows = people(50)
     asked: list[int] = []
 
@@ -126,9 +126,9 @@ def test_an_interrupted_decoding_is_gone_on_with_and_a_damaged_file_made_anew(
         find_volume_reader(tmp_path, latent_NCXYZ, rows, decode, 4.0, "key")
     found, _ = find_volume_reader(tmp_path, latent_NCXYZ, rows, decode, 4.0, "key")
     assert asked == [*range(31), *range(20, 50)]
-    (tmp_path / "cells.safetensors").write_bytes(b"torn")
+    sorted((tmp_path / "cells").iterdir())[0].write_bytes(b"torn")
     again, _ = find_volume_reader(tmp_path, latent_NCXYZ, rows, decode, 4.0, "key")
-    assert asked[61:] == [*range(50)]
+    assert asked[61:] == [*range(20)]
     assert all(torch.equal(a, b) for a, b in zip(found.tensors().values(), again.tensors().values(), strict=True))
 
 

@@ -43,7 +43,7 @@ class GanModel:
 
     @property
     def device(self) -> torch.device:
-        return self.generator.last.weight.device
+        return self.generator.first.weight.device
 
     @torch.no_grad()
     def sample(

@@ -138,11 +138,15 @@ class Chain(nn.Module):
     def forward(self, x_BCXYZ: torch.Tensor) -> torch.Tensor:
         *blocks, last = self.blocks
         for block in blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                x_BCXYZ = checkpoint(block, x_BCXYZ, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_BCXYZ = block(x_BCXYZ)
+            x_BCXYZ = computed_again(block, x_BCXYZ) if self.checkpointing else block(x_BCXYZ)
         return at_full_precision(last, x_BCXYZ)
+
+
+def computed_again(block: nn.Module, x_BCXYZ: torch.Tensor) -> torch.Tensor:
+    """`block(x)`, of which only x is kept for a backward pass."""
+    if not torch.is_grad_enabled():
+        return block(x_BCXYZ)
+    return checkpoint(block, x_BCXYZ, use_reentrant=False, preserve_rng_state=False)
 
 
 def _encoder_blocks(config: AutoencoderConfig) -> list[nn.Module]:
@@ -200,7 +204,9 @@ class Autoencoder(nn.Module):
     def encode(self, image_BCXYZ: torch.Tensor) -> LatentDistribution:
         """The latent's distribution, float32. ValueError for a grid that does not divide."""
         self.config.latent_shape_CXYZ(tuple(image_BCXYZ.shape[2:]))
-        h_BCXYZ = self.encoder(channels_last(fold(image_BCXYZ, self.config.fold)))
+        x_BCXYZ = channels_last(fold(image_BCXYZ, self.config.fold))
+        # Not even the maps between its blocks are kept: at the paper's size they are 4 GB beside the decoder's.
+        h_BCXYZ = computed_again(self.encoder, x_BCXYZ) if self.encoder.checkpointing else self.encoder(x_BCXYZ)
         mean = at_full_precision(self.quant_conv_mu, h_BCXYZ).float()
         # The paper's code names this log sigma and uses it as the logarithm of the variance.
         log_variance = at_full_precision(self.quant_conv_log_sigma, h_BCXYZ).float()

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from brainldm.nets.packed import DoublingConvolution, PackedConvolution, packing_works
+from brainldm.nets.slabbed_gradient import convolved, has_a_slow_gradient
 
 
 class Convolution(nn.Module):
@@ -36,6 +37,8 @@ class Convolution(nn.Module):
         if self.doubles:
             x_BCXYZ = double_by_nearest(x_BCXYZ)
         if not haloed or self.conv.kernel_size[0] == 1:
+            if has_a_slow_gradient(x_BCXYZ, self.conv):
+                return convolved(x_BCXYZ, self.conv)
             return self._by_onednn(x_BCXYZ) if by_onednn(x_BCXYZ, self.conv) else self.conv(x_BCXYZ)
         if self.doubles:
             x_BCXYZ = x_BCXYZ[:, :, 1:-1]  # of each neighbour's two planes the nearer one

@@ -1,18 +1,19 @@
 """The paper's baselines in 3-D: the networks of LSGAN (Mao et al. 2017) and VAE-GAN (Larsen et al. 2016).
 
-The paper does not give its baselines' architecture. Here a generator doubles a coarse map up to the image and a
-discriminator halves the image down to it, both with the same channels; group norm stands for batch norm, because
-batches of whole brains are small. The paper compares its models unconditioned; ours may also be asked for covariates
+The paper does not give its baselines' architecture. Here a generator doubles a coarse map up to the image by transposed
+convolutions and a discriminator halves the image down to it, one the mirror of the other (as in DCGAN, Radford et al.
+2016, and LSGAN); no map but the image is at full resolution. Group norm stands for batch norm, because batches of whole
+brains are small. The paper compares its models unconditioned; ours may also be asked for covariates
 (`covariates` 0 is the paper's way), so that the same judge can ask whether they obey.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from brainldm.nets.blocks import check_at_least_one
 
@@ -58,17 +59,15 @@ class GanGenerator(nn.Module):
         super().__init__()
         self.config = config
         self.first = nn.Linear(config.noise_features + config.covariates, config.coarse_features)
-        levels = []
-        before = config.channels[-1]
-        for width in reversed(config.channels):
-            levels.append(
-                nn.Sequential(
-                    nn.Conv3d(before, width, 3, padding=1), nn.GroupNorm(config.norm_groups, width), nn.LeakyReLU(0.2)
-                )
+        widths = [*reversed(config.channels), 1]
+        self.levels = nn.ModuleList(
+            nn.Sequential(
+                nn.GroupNorm(config.norm_groups, before),
+                nn.LeakyReLU(0.2),
+                nn.ConvTranspose3d(before, after, 4, stride=2, padding=1),
             )
-            before = width
-        self.levels = nn.ModuleList(levels)
-        self.last = nn.Conv3d(before, 1, 3, padding=1)
+            for before, after in pairwise(widths)
+        )
 
     def forward(self, noise_BN: torch.Tensor, covariates_BF: torch.Tensor) -> torch.Tensor:
         known = covariates_BF[:, : self.config.covariates]
@@ -76,8 +75,8 @@ class GanGenerator(nn.Module):
         x = x.view(-1, self.config.channels[-1], *self.config.coarse_XYZ)
         x = x.contiguous(memory_format=torch.channels_last_3d)
         for level in self.levels:
-            x = level(F.interpolate(x, scale_factor=2, mode="nearest"))
-        return torch.sigmoid(self.last(x))
+            x = level(x)
+        return torch.sigmoid(x)
 
 
 class EvenLinear(nn.Linear):

@@ -3,12 +3,11 @@
 RUN/latents/latents.safetensors   mean and log-variance (N, C, X, Y, Z): the people of the training split in order, as
                                   they are, then all of them once more for each augmented view
 RUN/latents/latents.json          which autoencoder and cohort they are of, their scale and statistics
-RUN/latents/encoding/             those encoded so far, PART_LENGTH to a file, while the cohort is encoded
+RUN/latents/encoding/             those encoded so far, while the cohort is encoded
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -28,8 +27,7 @@ from brainldm.model.tensors import write_tensors
 from brainldm.nets.atlas import AnyAutoencoder
 from brainldm.train.augment import Change, changed, draw_change
 from brainldm.train.config import NO_AUGMENTATION, Augmentation
-
-PART_LENGTH = 64
+from brainldm.train.parts import PART_LENGTH, kept_in_parts
 
 
 @dataclass(frozen=True)
@@ -101,41 +99,25 @@ def _encoded(
     precision: str,
     progress: Progress,
 ) -> dict[str, torch.Tensor]:
-    """Every image's latent, view by view. A part is kept in `folder` as soon as it is whole, under the digest of what
-    made it, and is not encoded again after an interruption."""
-    digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
+    """Every image's latent, view by view, kept in `folder` part by part."""
+
+    def latent_of(view_index: tuple[int, int]) -> dict[str, torch.Tensor]:
+        view, index = view_index
+        change = Change()
+        if view > 0:
+            change = draw_change(stream(made_by["seed"], f"latent-view-{view}", index), augmentation)
+        image_XYZ = changed(dataset.image_XYZ(index), change)
+        image = torch.from_numpy(np.ascontiguousarray(image_XYZ))[None, None].to(device)
+        with torch.no_grad(), autocast(device, precision):
+            latent = autoencoder.encode(image.contiguous(memory_format=torch.channels_last_3d))
+        return {
+            "mean": latent.mean_BCXYZ.float().cpu(),
+            "log_variance": latent.log_variance_BCXYZ.float().cpu(),
+            "ventricle_factor": torch.tensor([change.scale**3]),
+        }
+
     images = [(view, index) for view in range(made_by["views"]) for index in range(len(dataset))]
-    parts = {
-        folder / f"{digest}-{start}.safetensors": images[start : start + PART_LENGTH]
-        for start in range(0, len(images), PART_LENGTH)
-    }
-    done = sum(len(part) for path, part in parts.items() if path.is_file())
-    progress.start("encoding latents", len(images), done)
-    for path, part in parts.items():
-        if path.is_file():
-            continue
-        rows = []
-        for view, index in part:
-            change = Change()
-            if view > 0:
-                change = draw_change(stream(made_by["seed"], f"latent-view-{view}", index), augmentation)
-            image_XYZ = changed(dataset.image_XYZ(index), change)
-            image = torch.from_numpy(np.ascontiguousarray(image_XYZ))[None, None].to(device)
-            with torch.no_grad(), autocast(device, precision):
-                latent = autoencoder.encode(image.contiguous(memory_format=torch.channels_last_3d))
-            row = {
-                "mean": latent.mean_BCXYZ.float().cpu(),
-                "log_variance": latent.log_variance_BCXYZ.float().cpu(),
-                "ventricle_factor": torch.tensor([change.scale**3]),
-            }
-            rows.append(row)
-            progress.advance()
-        write_tensors(path, _joined(rows))
-    return _joined([load_file(path) for path in parts])
-
-
-def _joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+    return kept_in_parts(folder, made_by, images, latent_of, "encoding latents", progress)
 
 
 def _statistics(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
