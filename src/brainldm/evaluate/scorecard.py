@@ -125,8 +125,8 @@ class Scorecard:
 
 
 def evaluate_dataset(
-    synth: str | Path,
-    real: str | Path | None,
+    synth: str | Path | ImageFolder,
+    real: str | Path | ImageFolder | None,
     out: str | Path,
     *,
     measure: Instrument | None = None,
@@ -144,62 +144,24 @@ def evaluate_dataset(
     progress: Progress = Quiet(),  # noqa: B008  # stateless
 ) -> Scorecard:
     """Judges the images in `synth` against those in `real`, writes everything below `out` and returns the scorecard.
+    Either is a folder, or images listed already.
 
     `measure` finds volumes in images (by default the one without trained weights). At most `max_real` real images,
     drawn at random, are measured and compared as a set (with `held_out_only` among those that the folder marks as held
-    out); the search for copies looks at every training image. `runs` is
-    a training run whose curves go along; `predictors` are folders of trained predictors of age and sex; `features` name
-    the spaces in which sets are compared (networks.space_named). `volumes` are tables of SynthSeg or FreeSurfer for the
-    synthetic and the real images, instead of `measure`. What is found in single images is kept in `cache` (default:
-    `out`), which several evaluations may share, one after the other.
+    out); the search for copies looks at every training image. `runs` is a training run whose curves go along;
+    `predictors` are folders of trained predictors of age and sex; `features` name the spaces in which sets are compared
+    (networks.space_named). `volumes` are tables of SynthSeg or FreeSurfer for the synthetic and the real images,
+    instead of `measure`. What is found in single images is kept in `cache` (default: `out`), which several evaluations
+    may share, one after the other.
 
     Images that cannot be judged are listed in failures.tsv (and in `.failures`) and the rest is judged; BadInput when
     there is nothing to judge.
     """
-    made = open_images(synth, "synthetic")
-    people = None if real is None else open_images(real, "real")
-    return evaluate_folders(
-        made,
-        people,
-        Path(out),
-        measure=measure,
-        pairs=pairs,
-        seed=seed,
-        workers=workers,
-        max_real=max_real,
-        runs=runs,
-        predictors=predictors,
-        features=features,
-        volumes=volumes,
-        show_real=show_real,
-        held_out_only=held_out_only,
-        cache=cache,
-        progress=progress,
-    )
-
-
-def evaluate_folders(
-    made: ImageFolder,
-    people: ImageFolder | None,
-    out: Path,
-    *,
-    measure: Instrument | None = None,
-    pairs: int = 1000,
-    seed: int = 0,
-    workers: int | None = None,
-    max_real: int = 200,
-    runs: str | Path | None = None,
-    predictors: Sequence[str | Path] = (),
-    features: Sequence[str] = ("random",),
-    volumes: tuple[str | Path | None, str | Path | None] | None = None,
-    show_real: bool = True,
-    held_out_only: bool = False,
-    cache: Path | None = None,
-    progress: Progress = Quiet(),  # noqa: B008  # stateless
-) -> Scorecard:
-    """As `evaluate_dataset`, of images that are listed already."""
     if pairs < 1 or max_real < 1:
         raise UsageError("the numbers of pairs and of real images must be at least 1.")
+    out = Path(out)
+    made = synth if isinstance(synth, ImageFolder) else open_images(synth, "synthetic")
+    people = real if real is None or isinstance(real, ImageFolder) else open_images(real, "real")
     _check_output(out, [side.folder for side in (made, people) if side is not None])
     curves = None if runs is None else learning_curves(Path(runs))
     judge = Judge(

@@ -33,7 +33,7 @@ from brainldm.evaluate.images import Failure, ImageFolder, JudgedImage, open_ima
 from brainldm.evaluate.measuring import Instrument
 from brainldm.evaluate.memorisation import distances, memorisation, voxel_features
 from brainldm.evaluate.pool import each
-from brainldm.evaluate.scorecard import Scorecard, evaluate_folders, feature_spaces
+from brainldm.evaluate.scorecard import Scorecard, evaluate_dataset, feature_spaces
 
 MIN_PEOPLE, MOST_PEOPLE = 8, 500
 NOISE = 0.02  # standard deviation, of the intensity range
@@ -283,7 +283,7 @@ def _real_against_real(
     others = sorted(order[half:].tolist())
     trained = set(order[half:][: len(others) // 2].tolist())
     as_real = tuple(replace(images[i], split="train" if i in trained else "test") for i in others)
-    return evaluate_folders(
+    return evaluate_dataset(
         replace(people, images=as_made, planned=len(as_made), failures=()),
         replace(people, images=as_real, planned=len(as_real), failures=()),
         out,
