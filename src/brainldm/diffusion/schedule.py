@@ -99,10 +99,10 @@ def snr_timesteps(schedule: Schedule, steps: int) -> list[int]:
     """`steps` timesteps from the noisiest to 0, even in the logarithm of the signal-to-noise ratio (Lu et al. 2022).
 
     Even in time leaves the last, nearly clean steps too wide for a solver of higher order: on a model of recipe quick
-    unipc with 10 steps is then 3.5 times as far from the exact result, and blends of both lie between
-    (docs/samplers.json). The steps below t = 0.15 change an image as a whole little, yet ending before them loses its
-    finest texture (tests/test_diffusion_solvers: of a thousandth of the variance, more than half of its amplitude).
-    Fewer than 8 steps are too few for this spacing.
+    unipc with 10 steps was then 3.5 times as far from the exact result, and blends of both lay between. The steps below
+    t = 0.15 change an image as a whole little, yet ending before them loses its finest texture
+    (tests/test_diffusion_solvers: of a thousandth of the variance, more than half of its amplitude). Fewer than 8 steps
+    are too few for this spacing.
     """
     _check_steps(steps, schedule.steps)
     log_snr = np.log(schedule.alpha_bars) - np.log1p(-schedule.alpha_bars)
