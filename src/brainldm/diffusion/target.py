@@ -1,4 +1,4 @@
-"""What the network is asked to predict, and how one prediction becomes another.
+"""What the network is asked to predict, and what noise its answer means.
 
 With s = sqrt(alpha_bar_t) and n = sqrt(1 - alpha_bar_t):
 
@@ -73,35 +73,3 @@ def eps_from_v(
     """eps = s v + n x_t."""
     signal, noise = schedule.at(timesteps_B, x_BCXYZ)
     return signal * v_BCXYZ + noise * x_BCXYZ
-
-
-def x0_from_v(
-    v_BCXYZ: torch.Tensor, x_BCXYZ: torch.Tensor, timesteps_B: torch.Tensor, schedule: Schedule
-) -> torch.Tensor:
-    """x_0 = s x_t - n v."""
-    signal, noise = schedule.at(timesteps_B, x_BCXYZ)
-    return signal * x_BCXYZ - noise * v_BCXYZ
-
-
-def v_from_eps(
-    eps_BCXYZ: torch.Tensor, x_BCXYZ: torch.Tensor, timesteps_B: torch.Tensor, schedule: Schedule
-) -> torch.Tensor:
-    """v = (eps - n x_t) / s; ill-conditioned where little signal is left, as x_0 from eps is."""
-    signal, noise = schedule.at(timesteps_B, x_BCXYZ)
-    return (eps_BCXYZ - noise * x_BCXYZ) / signal
-
-
-def x0_from_eps(
-    eps_BCXYZ: torch.Tensor, x_BCXYZ: torch.Tensor, timesteps_B: torch.Tensor, schedule: Schedule
-) -> torch.Tensor:
-    """x_0 = (x_t - n eps) / s."""
-    signal, noise = schedule.at(timesteps_B, x_BCXYZ)
-    return (x_BCXYZ - noise * eps_BCXYZ) / signal
-
-
-def eps_from_x0(
-    x0_BCXYZ: torch.Tensor, x_BCXYZ: torch.Tensor, timesteps_B: torch.Tensor, schedule: Schedule
-) -> torch.Tensor:
-    """eps = (x_t - s x_0) / n."""
-    signal, noise = schedule.at(timesteps_B, x_BCXYZ)
-    return (x_BCXYZ - signal * x0_BCXYZ) / noise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,26 +25,6 @@ from brainldm.nets.unet import DiffusionUNet, with_covariates
 
 # step, shape of one row -> noise of that shape: every row brings its own stream.
 RowNoise = Callable[[int, tuple[int, ...]], np.ndarray]
-
-
-class ImageModel(Protocol):
-    """What generation needs of a model, whatever is inside: latent diffusion, a GAN, anything."""
-
-    name: str
-    grid: Grid
-    ranges: CovariateRanges
-    joint: CovariateModel | None
-
-    def sample(
-        self,
-        covariates: Sequence[Covariates],
-        noise: Sequence[RowNoise],
-        *,
-        sampler: str,
-        steps: int | None,
-        progress: Progress = ...,
-    ) -> np.ndarray:
-        """Images (B, X, Y, Z), float32, RAS+, one a row of covariates."""
 
 
 @dataclass(frozen=True)
