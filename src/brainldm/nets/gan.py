@@ -141,6 +141,7 @@ class GanEncoder(nn.Module):
         super().__init__()
         self.halvings = Halvings(config)
         self.last = EvenLinear(config.coarse_features, 2 * config.noise_features)
+        nn.init.zeros_(self.last.weight)  # it begins at the generator's own noise, from which images will be asked
 
     def forward(self, image_B1XYZ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean, log_variance = self.last(self.halvings(image_B1XYZ)[-1].flatten(1)).chunk(2, dim=1)
