@@ -128,7 +128,7 @@ def test_another_runs_folder_is_refused(run: Path, tiny_cohort: Path) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", ["lsgan", "vaegan"])
 def test_one_step_at_the_papers_size(kind: str, tmp_path: Path) -> None:
-    """Of the recipe as it is, and one image made by what it left: minutes and 8 GB on one core."""
+    """Of the recipe as it is, and one image made by what it left: 2 GB."""
     grid = grid_named("paper")
     write_tiny_cohort(tmp_path / "cohort", people=6, grid=grid)
     train_gan(baseline(kind, grid.shape_XYZ), tmp_path / "cohort", tmp_path / "run", steps=1)

@@ -14,7 +14,7 @@ def baseline(kind: str, shape_XYZ: tuple[int, int, int]) -> GanStageConfig:
         brainldm train lsgan --data PREPARED --out RUN
 
     Channels double from 16 with each level, to 256 at the paper's 160 x 224 x 160 voxels, where a step of one image
-    runs on a CPU in 8 GB.
+    runs on a CPU in 2 GB.
     """
     if kind not in KINDS:
         raise UsageError(f"there is no baseline {kind!r}.", remedy=f"Choose one of: {', '.join(KINDS)}.")
