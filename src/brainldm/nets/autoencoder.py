@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from brainldm.nets.blocks import (
     Convolution,
@@ -22,6 +21,7 @@ from brainldm.nets.blocks import (
     check_divisible,
     check_widths,
     fold,
+    run_block,
     unfold,
 )
 
@@ -138,15 +138,8 @@ class Chain(nn.Module):
     def forward(self, x_BCXYZ: torch.Tensor) -> torch.Tensor:
         *blocks, last = self.blocks
         for block in blocks:
-            x_BCXYZ = computed_again(block, x_BCXYZ) if self.checkpointing else block(x_BCXYZ)
+            x_BCXYZ = run_block(block, x_BCXYZ, checkpointing=self.checkpointing)
         return at_full_precision(last, x_BCXYZ)
-
-
-def computed_again(block: nn.Module, x_BCXYZ: torch.Tensor) -> torch.Tensor:
-    """`block(x)`, of which only x is kept for a backward pass."""
-    if not torch.is_grad_enabled():
-        return block(x_BCXYZ)
-    return checkpoint(block, x_BCXYZ, use_reentrant=False, preserve_rng_state=False)
 
 
 def _encoder_blocks(config: AutoencoderConfig) -> list[nn.Module]:
@@ -206,7 +199,7 @@ class Autoencoder(nn.Module):
         self.config.latent_shape_CXYZ(tuple(image_BCXYZ.shape[2:]))
         x_BCXYZ = channels_last(fold(image_BCXYZ, self.config.fold))
         # Not even the maps between its blocks are kept: at the paper's size they are 4 GB beside the decoder's.
-        h_BCXYZ = computed_again(self.encoder, x_BCXYZ) if self.encoder.checkpointing else self.encoder(x_BCXYZ)
+        h_BCXYZ = run_block(self.encoder, x_BCXYZ, checkpointing=self.encoder.checkpointing)
         mean = at_full_precision(self.quant_conv_mu, h_BCXYZ).float()
         # The paper's code names this log sigma and uses it as the logarithm of the variance.
         log_variance = at_full_precision(self.quant_conv_log_sigma, h_BCXYZ).float()

@@ -6,12 +6,15 @@ that weights pass between the two without a table.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from brainldm.nets.packed import DoublingConvolution, PackedConvolution, packing_works
-from brainldm.nets.slabbed_gradient import convolved, has_a_slow_gradient
+from brainldm.nets.slabbed_gradient import convolved, has_a_slow_gradient, in_float32_on_a_cpu
 
 
 class Convolution(nn.Module):
@@ -71,13 +74,18 @@ def by_onednn(x_BCXYZ: torch.Tensor, conv: nn.Conv3d) -> bool:
     which needs 2 to 15 times as long on the maps of a latent. Without gradients alone: training has batches."""
     return (
         len(x_BCXYZ) == 1
-        and x_BCXYZ.device.type == "cpu"
-        and x_BCXYZ.dtype == conv.weight.dtype == torch.float32
+        and in_float32_on_a_cpu(x_BCXYZ, conv)
         and conv.kernel_size[0] > 1
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
     )
+
+
+def run_block(block: Callable[..., torch.Tensor], *inputs: object, checkpointing: bool) -> torch.Tensor:
+    """`block(*inputs)`; with `checkpointing` only the inputs are kept for a backward pass, which computes it again."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return block(*inputs)
 
 
 def activated(norm: nn.Module, x_BCXYZ: torch.Tensor) -> torch.Tensor:

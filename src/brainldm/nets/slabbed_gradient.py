@@ -18,15 +18,21 @@ LARGE = 2**27  # inputs; 184 million were still fast, 211 million were not (torc
 SLAB = 2**26
 
 
+def in_float32_on_a_cpu(x_BCXYZ: torch.Tensor, conv: nn.Conv3d) -> bool:
+    return (
+        x_BCXYZ.device.type == "cpu"
+        and x_BCXYZ.dtype == conv.weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def has_a_slow_gradient(x_BCXYZ: torch.Tensor, conv: nn.Conv3d) -> bool:
     """Whether oneDNN would have no fast kernel for the gradient of `conv`'s weights."""
     return (
         x_BCXYZ.numel() > LARGE
-        and x_BCXYZ.device.type == "cpu"
-        and x_BCXYZ.dtype == conv.weight.dtype == torch.float32
+        and in_float32_on_a_cpu(x_BCXYZ, conv)
         and torch.is_grad_enabled()
         and conv.weight.requires_grad
-        and not torch.is_autocast_enabled("cpu")
     )
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from brainldm.nets.blocks import (
     Convolution,
@@ -26,6 +25,7 @@ from brainldm.nets.blocks import (
     double_by_nearest,
     fold,
     halve_by_mean,
+    run_block,
     unfold,
     zeroed,
 )
@@ -272,6 +272,4 @@ class DiffusionUNet(nn.Module):
         return unfold(at_full_precision(convolution, activated(norm, h)), self.config.fold)
 
     def _run(self, block: Callable[..., torch.Tensor], *inputs: object) -> torch.Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return block(*inputs)
+        return run_block(block, *inputs, checkpointing=self.checkpointing)

@@ -48,8 +48,9 @@ def kept_in_parts(
         for item in parts[path]:
             rows.append(tensors_of(item))
             progress.advance()
-        write_tensors(path, _joined(rows))
-    return _joined([found.get(path) or load_file(path) for path in parts])
+        found[path] = _joined(rows)
+        write_tensors(path, found[path])
+    return _joined([found[path] for path in parts])
 
 
 def _read(path: Path) -> dict[str, torch.Tensor] | None:
