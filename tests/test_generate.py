@@ -197,6 +197,20 @@ def test_another_dataset_in_the_folder_is_refused(model: LatentDiffusion, tmp_pa
         generate(model, tmp_path / "foreign", plan_of(model, 2), FAST)
 
 
+def test_a_whole_dataset_of_another_device_is_left_as_it_is(model: LatentDiffusion, tmp_path: Path) -> None:
+    """Made on a GPU, asked for again on a CPU: nothing is left to do. With a brain missing it is another dataset."""
+    out, rows = tmp_path / "out", plan_of(model, 2)
+    generate(model, out, rows, FAST)
+    record = json.loads((out / "generation.json").read_text()) | {"device": "cuda", "precision": "bf16"}
+    (out / "generation.json").write_text(json.dumps(record))
+    before = hashes(out)
+    assert generate(model, out, rows, FAST).made == 0
+    assert hashes(out) == before and json.loads((out / "generation.json").read_text()) == record
+    next(out.glob("sub-*/anat/*.nii.gz")).unlink()
+    with pytest.raises(UsageError, match="device: 'cuda' there"):
+        generate(model, out, rows, FAST)
+
+
 def test_unsound_brains_are_drawn_again_and_counted(
     model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

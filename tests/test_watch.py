@@ -20,7 +20,7 @@ from brainldm.base.files import lock_holder, locked_folder, read_json, sha256_of
 from brainldm.cli import _check_flags_of
 from brainldm.cohort.dataset import VolumeDataset
 from brainldm.train.batches import BatchOrder
-from brainldm.train.feeding import Feed
+from brainldm.train.feeding import Feed, made_ahead
 from brainldm.train.loop import run_stage
 from brainldm.train.run import train
 from conftest import tiny_recipe
@@ -34,20 +34,31 @@ def rows_of(path: Path) -> list[dict[str, float]]:
 
 
 def test_a_feed_gives_what_each_step_would_make_itself() -> None:
-    """In order, from the middle (a resumed run), back and forth; never beyond the last step, never two at a time."""
+    """In order, from the middle (a resumed run), back and forth; never beyond the last step."""
     made: list[int] = []
-    busy = threading.Lock()
 
     def make(step: int) -> int:
-        assert busy.acquire(blocking=False)
         made.append(step)
-        busy.release()
         return step * step
 
-    feed = Feed(make, steps=8)
-    assert [feed.take(step) for step in (3, 4, 5, 2, 3, 6, 7)] == [9, 16, 25, 4, 9, 36, 49]
+    for threads in (1, 3):
+        feed = Feed(make, steps=8, threads=threads)
+        assert [feed.take(step) for step in (3, 4, 5, 2, 3, 6, 7)] == [9, 16, 25, 4, 9, 36, 49]
+        assert [feed.take(0)] == [0]
     assert max(made) == 7
-    assert [feed.take(0)] == [0]
+    assert list(made_ahead(make, 20)) == [step * step for step in range(20)]
+
+
+def test_a_feed_of_several_threads_makes_several_steps_at_a_time() -> None:
+    together = threading.Barrier(3, timeout=60)
+
+    def make(step: int) -> int:
+        if step > 0:
+            together.wait()
+        return step
+
+    feed = Feed(make, steps=4, threads=3)
+    assert [feed.take(step) for step in range(4)] == [0, 1, 2, 3]
 
 
 def test_a_feed_makes_ahead_while_the_step_runs() -> None:

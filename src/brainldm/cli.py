@@ -18,6 +18,8 @@ from cyclopts import App, CycloptsError, Parameter
 from brainldm import __version__
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from brainldm.base.nifti import Dtype
     from brainldm.generate.plan import Sweep
     from brainldm.train.run import TrainSummary
@@ -195,6 +197,15 @@ def train(
         int | None,
         Parameter(help="age and sex: voxels along each axis that become their mean first; 8 times faster at 2."),
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        Parameter(
+            name="--set",
+            help="NAME=VALUE, a value other than the recipe's, named as --dry-run prints it "
+            "(autoencoder.learning_rate=0.001); can be given more than once.",
+            negative="",
+        ),
+    ] = None,
     dry_run: Annotated[bool, Parameter(help="Print the resolved recipe and stop.", negative="")] = False,
 ) -> None:
     """A cohort becomes a model. RECIPE is quick, demo, small, fast or paper; lsgan or vaegan trains a baseline, age or
@@ -220,6 +231,7 @@ def train(
             averaging=averaging,
             device=device,
             precision=precision,
+            settings=settings or (),
             dry_run=dry_run,
         )
         return
@@ -234,14 +246,17 @@ def train(
             precision=precision,
             cache=cache,
             tensorboard=tensorboard,
+            settings=settings or (),
             dry_run=dry_run,
         )
         return
     from brainldm.recipes import recipe_named
+    from brainldm.train.settings import with_settings
 
-    chosen = recipe_named(recipe)
+    chosen = with_settings(recipe_named(recipe), settings or ())
     if perceptual is not None:
         chosen = replace(chosen, autoencoder=replace(chosen.autoencoder, perceptual=perceptual))
+    chosen = replace(chosen, settings=tuple(settings or ()))
     if dry_run:
         _say(json.dumps(chosen.to_json(), indent=2))
         return
@@ -303,13 +318,15 @@ def _train_baseline(
     precision: str,
     cache: Path | None,
     tensorboard: bool,
+    settings: Sequence[str],
     dry_run: bool,
 ) -> None:
     from brainldm.cohort.dataset import PreparedCohort
     from brainldm.recipes.gan import baseline
     from brainldm.train.gan_run import train_gan
+    from brainldm.train.settings import with_settings
 
-    config = baseline(kind, PreparedCohort.open(data).grid.shape_XYZ)
+    config = with_settings(baseline(kind, PreparedCohort.open(data).grid.shape_XYZ), settings)
     if dry_run:
         _say(json.dumps(asdict(config), indent=2))
         return
@@ -339,12 +356,16 @@ def _train_predictor(
     averaging: int | None,
     device: str,
     precision: str,
+    settings: Sequence[str],
     dry_run: bool,
 ) -> None:
     from brainldm.train.config import PredictorConfig
     from brainldm.train.predictor_run import train_predictor
+    from brainldm.train.settings import with_settings
 
-    config = PredictorConfig() if averaging is None else PredictorConfig(averaging=averaging)
+    config = with_settings(PredictorConfig(), settings)
+    if averaging is not None:
+        config = replace(config, averaging=averaging)
     if dry_run:
         _say(json.dumps(asdict(config), indent=2))
         return
@@ -751,11 +772,14 @@ def export_package(
     /,
     *,
     licence: Annotated[str | None, Parameter(help="The licence of the weights, where the model states none.")] = None,
+    most_megabytes: Annotated[
+        float, Parameter(name="--max-megabytes", help="Refuse a larger model; what comes with the package has 25.")
+    ] = 25.0,
 ) -> None:
     """A model becomes one to ship: weights in float16, at most 25 MB. It is used as any other model folder."""
     from brainldm.model.package import package_model
 
-    packed = package_model(model, out, licence=licence)
+    packed = package_model(model, out, licence=licence, most_bytes=round(most_megabytes * 1e6))
     _say(
         f"{out} takes {packed.bytes / 1e6:.1f} MB; rounding changed no weight by more than {packed.rounding:.2g} "
         "of its tensor's largest."

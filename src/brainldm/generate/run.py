@@ -70,19 +70,19 @@ def generate(
 ) -> GenerateSummary:
     """Makes every row of the plan that `out` does not hold yet, as a BIDS derivative.
 
-    The plan and the settings are written before the first brain; `out` must be empty or hold the same. An image that
+    The plan and the settings are written before the first brain; `out` must be empty or hold the same (where it holds
+    every brain already, it may have been made on another device). An image that
     is not finite or empty is drawn again from the row's next stream, up to three times; rows that stay so are listed in
     failures.tsv and PartialFailure is raised after all others are done.
     """
     check_settings(model.description, settings)
     population = _population(model.description) if settings.gate else None
     with locked_folder(out):
-        facts = _facts(model, settings, len(rows))
-        _record_or_compare(out, facts, rows)
-        write_description(out, facts, rows)
         manifest = Manifest(out / "manifest.jsonl")
         proven = manifest.proven(out)
         missing = [row for row in rows if row.index not in proven]
+        facts = _record_or_compare(out, _facts(model, settings, len(rows)), rows, whole=not missing)
+        write_description(out, facts, rows)
         batches = _batches_with_missing(rows, missing, settings.batch)
         each, decodes = _passes(model.description, settings), model.description.decodes
         progress.start("generating brains (sampling steps)", sum(each + decodes * len(batch) for batch in batches))
@@ -212,21 +212,26 @@ def _response_facts(description: LatentDiffusionDescription | GanDescription) ->
 _BEFORE = {"guidance": 1.0}
 # May differ between the runs that make one dataset: they change at most the last bits of an image, never its noise.
 _MAY_DIFFER = ("software", "threads")
+# And so may these where every brain is there: nothing is made, and the record stays as it is.
+_MAY_DIFFER_OF_A_WHOLE = ("device", "precision", "batch")
 
 
-def _record_or_compare(out: Path, facts: dict[str, Any], rows: list[PlanRow]) -> None:
+def _record_or_compare(out: Path, facts: dict[str, Any], rows: list[PlanRow], *, whole: bool) -> dict[str, Any]:
+    """The facts of the dataset in `out`: `facts`, written where there are none yet, or what is recorded of a `whole`
+    one. UsageError where it is another."""
     path = out / RECORD_NAME
     if not path.exists():
         if any(out.glob("[!.]*")):
             raise UsageError("the folder is not empty and holds no brains of ours.", remedy="Choose another.", path=out)
         write_json(path, facts)
         write_plan(out / "plan.tsv", rows)
-        return
+        return facts
     recorded = read_json(path)
+    may_differ = _MAY_DIFFER + (_MAY_DIFFER_OF_A_WHOLE if whole else ())
     different = [
         f"{name}: {recorded.get(name)!r} there, {value!r} now"
         for name, value in facts.items()
-        if name not in _MAY_DIFFER and recorded.get(name, _BEFORE.get(name)) != value
+        if name not in may_differ and recorded.get(name, _BEFORE.get(name)) != value
     ]
     plan = out / "plan.tsv"
     if not different and not plan.exists():
@@ -239,6 +244,7 @@ def _record_or_compare(out: Path, facts: dict[str, Any], rows: list[PlanRow]) ->
             remedy="Give the same command to finish it, or another folder.",
             path=out,
         )
+    return recorded if whole else facts
 
 
 def _batches_with_missing(rows: list[PlanRow], missing: list[PlanRow], size: int) -> list[list[PlanRow]]:

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 import brainldm
-from brainldm.model.precision import choose_device, choose_precision
+from brainldm.model.precision import choose_device, choose_precision, device_name
 from brainldm.nets.packed import packing_works
 
 # torch 2.10 is the first without the known ways to run code from a weights file (CVE-2025-32434, CVE-2026-24747).
@@ -43,7 +43,7 @@ def examine_machine() -> dict[str, Any]:
         "brainldm": brainldm.__version__,
         "python": platform.python_version(),
         "versions": versions,
-        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(),
+        "device": device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "amx_bf16": torch.cpu._is_amx_tile_supported(),

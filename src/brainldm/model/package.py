@@ -45,7 +45,7 @@ def package_model(model: Path, out: Path, *, licence: str | None = None, most_by
     if needed > most_bytes:
         raise UsageError(
             f"its weights take {needed / 1e6:.1f} MB in float16; a package may take {most_bytes / 1e6:g} MB.",
-            remedy="Train a smaller model.",
+            remedy="Train a smaller model, or raise --max-megabytes where it comes with no package.",
             path=model,
             reason="too_large",
         )

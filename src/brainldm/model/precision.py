@@ -56,10 +56,15 @@ def choose_precision(name: str, device: torch.device, *, trained_side: int | Non
     return "bf16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
+def device_name(device: torch.device) -> str:
+    """`cpu`, or the name of the GPU."""
+    return device.type if device.type != "cuda" else torch.cuda.get_device_name(device)
+
+
 def told_precision(device: torch.device, precision: str) -> str:
     """Where and in which arithmetic, and why not the faster one, in words for whoever waits."""
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)} in {precision}"
+        return f"{device_name(device)} in {precision}"
     place = f"{torch.get_num_threads()} CPU threads in {precision}"
     if precision == "bf16":
         return place if packing_works() else f"{place} (without packed weights, which this build of torch cannot make)"

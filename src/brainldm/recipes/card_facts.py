@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,7 @@ def commands(parts: CardParts, cohort: Path, n: int, reconstructed: int, pairs: 
         told += f" --start-from {begun_with['name']}" if begun_with else ""
         if stage == "autoencoder" and training.get("perceptual", "none") != "none":
             told += f" --perceptual {training['perceptual']}"
+        told += "".join(f" --set {shlex.quote(setting)}" for setting in training.get("settings", ()))
         commands.append(f"brainldm train {recipe} --data COHORT --out RUN --stage {stage}{told}")
     for name, predictor in parts.predictors.items():
         steps = dict(predictor.training).get("steps")

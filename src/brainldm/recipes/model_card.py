@@ -34,6 +34,7 @@ from brainldm.evaluate.scorecard import evaluate_dataset
 from brainldm.generate.plan import make_plan
 from brainldm.generate.run import GenerateSettings, generate
 from brainldm.generate.start import start
+from brainldm.model.precision import device_name
 from brainldm.recipes.card_facts import commands, model_facts, settings_facts, training_facts
 from brainldm.recipes.card_figures import extrapolation_figures, judged_figures, reconstruction_figures
 from brainldm.recipes.card_parts import CardParts, open_parts
@@ -144,7 +145,7 @@ def _make_brains(
     spent = time.monotonic() - begun
     path = out / "timing.json"
     machine = {
-        "device": str(ready.device) if ready.device.type == "cpu" else torch.cuda.get_device_name(ready.device),
+        "device": device_name(ready.device),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -109,10 +109,10 @@ def make_table1(
         else _train(name, cohort, out / "models" / name, recipe, minutes, seed, progress, say)
         for name in ("ldm", "lsgan", "vaegan", "age", "sex")
     }
-    seconds, cards = {}, {}
+    timings, cards = {}, {}
     for way in ways:
         say(f"{way.title}: {n} brains")
-        seconds[way.name] = _generate(way, trained, out / "brains" / way.name, n, seed, progress, say)
+        timings[way.name] = _generate(way, trained, out / "brains" / way.name, n, seed, progress, say)
         cards[way.name] = evaluate_dataset(
             out / "brains" / way.name,
             cohort,
@@ -126,7 +126,7 @@ def make_table1(
             cache=out / "judged" / "cache",
             progress=progress,
         ).to_json()
-    table = _table(ways, cards, seconds, n, pairs, seed, trained)
+    table = _table(ways, cards, timings, n, pairs, seed, trained)
     write_json(out / "table1.json", table)
     write_text(out / "table1.md", as_markdown(table))
     say("figures 1 to 4")
@@ -216,13 +216,14 @@ def _generate(
     seed: int,
     progress: Progress,
     say: Callable[[str], None],
-) -> float | None:
-    """Makes the way's brains and returns the seconds that one took, on average (as first made); None where a run that
-    was interrupted just then took them along."""
+) -> dict[str, Any]:
+    """Makes the way's brains and returns the seconds that one took on average and on what, as they were first made; no
+    seconds where a run that was interrupted just then took them along."""
     from brainldm.generate.plan import make_plan
     from brainldm.generate.run import GenerateSettings, generate
     from brainldm.generate.start import start
     from brainldm.model.folder import read_description
+    from brainldm.model.precision import device_name
 
     # Everybody is asked for the same people: those of the latent diffusion model's cohort.
     covariates = read_description(trained["ldm"]).covariates
@@ -237,9 +238,10 @@ def _generate(
     timing = out.parent / f"{way.name}.json"
     if made == n or not timing.is_file():
         spent = time.monotonic() - begun
-        write_json(timing, {"seconds_an_image": spent / made if made else None, "images": made})
-    seconds: float | None = read_json(timing)["seconds_an_image"]
-    return seconds
+        seconds = spent / made if made else None
+        write_json(timing, {"seconds_an_image": seconds, "device": device_name(ready.device), "images": made})
+    found: dict[str, Any] = read_json(timing)
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- table
@@ -248,7 +250,7 @@ def _generate(
 def _table(
     ways: Sequence[Way],
     cards: Mapping[str, Mapping[str, Any]],
-    seconds: Mapping[str, float | None],
+    timings: Mapping[str, Mapping[str, Any]],
     n: int,
     pairs: int,
     seed: int,
@@ -270,12 +272,14 @@ def _table(
         {
             "way": way.name,
             "title": way.title,
-            "seconds_an_image": seconds[way.name],
+            "seconds_an_image": timings[way.name]["seconds_an_image"],
+            "device": timings[way.name].get("device"),
             "figures": found(cards[way.name], "synthetic"),
         }
         for way in ways
     ]
-    lines.append({"way": "real", "title": REAL, "seconds_an_image": None, "figures": found(first, "reference")})
+    real = found(first, "reference")
+    lines.append({"way": "real", "title": REAL, "seconds_an_image": None, "device": None, "figures": real})
     return {
         "software": {"brainldm": brainldm.__version__},
         "n": n,
@@ -301,12 +305,14 @@ def as_markdown(table: Mapping[str, Any]) -> str:
     headings = ["", *table["columns"], "s / image"]
     lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
     decimals = {heading: places for _, heading, places in _COLUMNS}
+    devices = {line["device"] for line in table["lines"] if line["device"]}
     for line in table["lines"]:
         cells = [line["title"]]
         for heading in table["columns"]:
             estimate = line["figures"].get(heading)
             cells.append(_cell(estimate, decimals[heading]))
-        cells.append("" if line["seconds_an_image"] is None else f"{line['seconds_an_image']:.3g}")
+        timed = "" if line["seconds_an_image"] is None else f"{line['seconds_an_image']:.3g}"
+        cells.append(f"{timed} ({line['device']})" if timed and len(devices) > 1 else timed)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -28,7 +28,7 @@ from brainldm.train.batches import BatchOrder
 from brainldm.train.checkpoint import module_tensors, optimiser_tensors, restore_module, restore_optimiser
 from brainldm.train.config import AutoencoderStageConfig
 from brainldm.train.distributed import ALONE, Place, normalised_together
-from brainldm.train.feeding import Feed
+from brainldm.train.feeding import Feed, made_ahead
 from brainldm.train.local_histogram import local_histogram_distance
 from brainldm.train.loop import learning_rate_factor
 from brainldm.train.perceptual import PerceptualDistance, perceptual_distance
@@ -44,8 +44,8 @@ def mean_image(people: VolumeDataset) -> np.ndarray:
     """The mean of the first 200 images, float32: enough for a mean, and minutes less than of 30,000."""
     count = min(len(people), _PEOPLE_FOR_THE_MEAN)
     total = np.zeros(people.grid.shape_XYZ, np.float64)
-    for index in range(count):
-        total += people.image_XYZ(index)
+    for image_XYZ in made_ahead(people.image_XYZ, count):
+        total += image_XYZ
     return (total / count).astype(np.float32)
 
 

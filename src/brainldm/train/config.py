@@ -146,11 +146,13 @@ class PredictorConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. `minutes_share` is how a time budget is divided between the stages."""
+    """A whole run. `minutes_share` is how a time budget is divided between the stages; `settings` are the values that
+    are not those of the recipe of that name (train/settings)."""
 
     name: str
     autoencoder: AutoencoderStageConfig
     diffusion: DiffusionStageConfig
+    settings: tuple[str, ...] = ()
     seed: int = 0
     checkpoint_minutes: float = 5.0
     minutes_share: dict[str, float] = field(default_factory=lambda: {"autoencoder": 0.5, "diffusion": 0.5})

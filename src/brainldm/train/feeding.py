@@ -1,40 +1,54 @@
-"""The next step's images are made ready while this step runs."""
+"""The images of the next steps are made ready while this step runs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
+
+from brainldm.base.pool import usable_cpus
+
+MOST_THREADS = 8  # enough for any step measured so far; each holds a batch
 
 T = TypeVar("T")
 
 
 class Feed(Generic[T]):
-    """What `make(step)` gives, one step ahead, by a thread of its own.
+    """What `make(step)` gives, made ahead by threads of its own, one step each.
 
-    `make` must be a function of the step alone, so that what a step gets is the same whether it was made ahead or not
-    (a resumed run begins anywhere). Nothing is made ahead from `steps` on. An error of `make` is raised by the step
-    that asks for what it failed to make. `waited_seconds` is what all steps together waited.
+    `make` must be a function of the step alone and safe to run in several threads, so that what a step gets is the
+    same whenever it was made (a resumed run begins anywhere). Nothing is made ahead from `steps` on. An error of `make`
+    is raised by the step that asks for what it failed to make. `waited_seconds` is what all steps together waited.
     """
 
-    def __init__(self, make: Callable[[int], T], steps: int) -> None:
+    def __init__(self, make: Callable[[int], T], steps: int, *, threads: int | None = None) -> None:
         self._make, self._steps = make, steps
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
-        self._ahead: tuple[int, Future[T]] | None = None
+        self._threads = threads or max(1, min(MOST_THREADS, usable_cpus() // 2))
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="feed")
+        self._ahead: dict[int, Future[T]] = {}
         self.waited_seconds = 0.0
 
     def take(self, step: int) -> T:
-        """What belongs to `step`; begins on the step after it."""
+        """What belongs to `step`; begins on the steps after it, one a thread."""
         begun = time.monotonic()
-        if self._ahead is not None and self._ahead[0] == step:
-            made = self._ahead[1].result()
-        else:
-            made = self._make_now(step)
+        wanted = range(step, min(step + 1 + self._threads, self._steps))
+        for passed in self._ahead.keys() - set(wanted):
+            self._ahead.pop(passed).cancel()
+        self._begin(step)
+        made = self._ahead.pop(step).result()
         self.waited_seconds += time.monotonic() - begun
-        self._ahead = (step + 1, self._thread.submit(self._make, step + 1)) if step + 1 < self._steps else None
+        for later in wanted[1:]:
+            self._begin(later)
         return made
 
-    def _make_now(self, step: int) -> T:
-        # In the same thread, after whatever it still makes: `make` never runs twice at a time.
-        return self._thread.submit(self._make, step).result()
+    def _begin(self, step: int) -> None:
+        if step not in self._ahead:
+            self._ahead[step] = self._pool.submit(self._make, step)
+
+
+def made_ahead(make: Callable[[int], T], count: int) -> Iterator[T]:
+    """`make(0)` to `make(count - 1)` in order, made ahead as in a Feed."""
+    feed = Feed(make, count)
+    for index in range(count):
+        yield feed.take(index)

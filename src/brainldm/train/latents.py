@@ -27,6 +27,7 @@ from brainldm.model.tensors import write_tensors
 from brainldm.nets.atlas import AnyAutoencoder
 from brainldm.train.augment import Change, changed, draw_change
 from brainldm.train.config import NO_AUGMENTATION, Augmentation
+from brainldm.train.feeding import Feed
 from brainldm.train.parts import PART_LENGTH, kept_in_parts
 
 
@@ -101,23 +102,29 @@ def _encoded(
 ) -> dict[str, torch.Tensor]:
     """Every image's latent, view by view, kept in `folder` part by part."""
 
-    def latent_of(view_index: tuple[int, int]) -> dict[str, torch.Tensor]:
-        view, index = view_index
+    images = [(view, index) for view in range(made_by["views"]) for index in range(len(dataset))]
+
+    def image_of(number: int) -> tuple[np.ndarray, float]:
+        view, index = images[number]
         change = Change()
         if view > 0:
             change = draw_change(stream(made_by["seed"], f"latent-view-{view}", index), augmentation)
-        image_XYZ = changed(dataset.image_XYZ(index), change)
+        return changed(dataset.image_XYZ(index), change), change.scale**3
+
+    feed = Feed(image_of, len(images))
+
+    def latent_of(number: int) -> dict[str, torch.Tensor]:
+        image_XYZ, ventricle_factor = feed.take(number)
         image = torch.from_numpy(np.ascontiguousarray(image_XYZ))[None, None].to(device)
         with torch.no_grad(), autocast(device, precision):
             latent = autoencoder.encode(image.contiguous(memory_format=torch.channels_last_3d))
         return {
             "mean": latent.mean_BCXYZ.float().cpu(),
             "log_variance": latent.log_variance_BCXYZ.float().cpu(),
-            "ventricle_factor": torch.tensor([change.scale**3]),
+            "ventricle_factor": torch.tensor([ventricle_factor]),
         }
 
-    images = [(view, index) for view in range(made_by["views"]) for index in range(len(dataset))]
-    return kept_in_parts(folder, made_by, images, latent_of, "encoding latents", progress)
+    return kept_in_parts(folder, made_by, range(len(images)), latent_of, "encoding latents", progress)
 
 
 def _statistics(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:

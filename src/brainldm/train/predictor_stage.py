@@ -21,6 +21,7 @@ from brainldm.nets.cole import ColeConfig, ColeNet
 from brainldm.train.batches import BatchOrder
 from brainldm.train.checkpoint import module_tensors, optimiser_tensors, restore_module, restore_optimiser
 from brainldm.train.config import PredictorConfig
+from brainldm.train.feeding import Feed
 from brainldm.train.loop import learning_rate_factor
 from brainldm.train.sharding import clip_gradients
 
@@ -51,6 +52,7 @@ class PredictorStage:
         )
         self.steps, self.seed, self.device, self.precision = config.steps, seed, device, precision
         self.order = BatchOrder(seed, len(train), config.batch)
+        self._feed = Feed(self._shifted_BXYZ, config.steps)
         labels = self._labels(train)
         self.offset, self.scale = (float(labels.mean()), float(labels.std())) if target == "age_years" else (0.0, 1.0)
         torch.manual_seed(int(stream(seed, "predictor-weights").integers(2**31)))
@@ -72,7 +74,7 @@ class PredictorStage:
         self.network.train()
         self.optimiser.zero_grad(set_to_none=True)
         with autocast(self.device, self.precision):
-            found = self.network(self._shifted(members, step)).float()
+            found = self.network(self._tensor(self._feed.take(step))).float()
         loss = self._loss(found, wanted.to(self.device))
         loss.backward()
         norm = clip_gradients(self.network, self.config.gradient_clip)
@@ -84,16 +86,21 @@ class PredictorStage:
             return F.binary_cross_entropy_with_logits(found_B, wanted_B)
         return F.l1_loss(found_B, wanted_B)
 
-    def _shifted(self, members: list[int], step: int) -> torch.Tensor:
-        """The batch, each image moved by up to `shift_voxels` along each axis; what comes in from outside is 0."""
-        most = self.config.shift_voxels
+    def _shifted_BXYZ(self, step: int) -> np.ndarray:
+        """The batch of that step, each image moved by up to `shift_voxels` along each axis; what comes in from outside
+        is 0."""
+        most, members = self.config.shift_voxels, self.order.members(step)
         shifts = stream(self.seed, "predictor-shifts", step).integers(-most, most + 1, (len(members), 3))
         moved = []
         for index, shift in zip(members, shifts.tolist()):
             padded = np.pad(self.train.image_XYZ(index), most)
             start = [most + s for s in shift]
             moved.append(padded[tuple(slice(s, n - 2 * most + s) for s, n in zip(start, padded.shape))])
-        return self._tensor(np.stack(moved))
+        return np.stack(moved)
+
+    @property
+    def waited_seconds(self) -> float:
+        return self._feed.waited_seconds
 
     def _tensor(self, images_BXYZ: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(images_BXYZ, dtype=np.float32))[:, None]
@@ -120,7 +127,7 @@ class PredictorStage:
         return [self.train.names[i] for i in self.order.members(step)]
 
     def batch_tensors(self, step: int) -> dict[str, torch.Tensor]:
-        return {"image": self._shifted(self.order.members(step), step)}
+        return {"image": self._tensor(self._shifted_BXYZ(step))}
 
     def preview(self, path: Path) -> None:
         """Known against predicted, held-out people where there are any."""

@@ -17,6 +17,7 @@ _BEFORE_IT_WAS_RECORDED: dict[str, Any] = {
     "recipe.autoencoder.perceptual": "random",
     "recipe.autoencoder.local_histogram_weight": 0.0,
     "recipe.diffusion.volume_reader": False,
+    "recipe.settings": [],
     "perceptual_weights_sha256": [],
 }
 

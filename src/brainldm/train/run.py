@@ -361,6 +361,7 @@ class _Run:
         reader, reader_facts = self._volume_reader(latents, autoencoder, people, key)
         training = {
             "recipe": self.recipe.name,
+            "settings": list(self.recipe.settings),
             "seed": self.recipe.seed,
             "cohort": self.cohort.name,
             "split_by": dict(self.cohort.split_by),
