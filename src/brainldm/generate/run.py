@@ -71,9 +71,9 @@ def generate(
     """Makes every row of the plan that `out` does not hold yet, as a BIDS derivative.
 
     The plan and the settings are written before the first brain; `out` must be empty or hold the same (where it holds
-    every brain already, it may have been made on another device). An image that
-    is not finite or empty is drawn again from the row's next stream, up to three times; rows that stay so are listed in
-    failures.tsv and PartialFailure is raised after all others are done.
+    every brain already, it may have been made on another device). An image that is not finite or empty is drawn again
+    from the row's next stream, up to three times; rows that stay so are listed in failures.tsv and PartialFailure is
+    raised after all others are done.
     """
     check_settings(model.description, settings)
     population = _population(model.description) if settings.gate else None
