@@ -22,7 +22,7 @@ from brainldm.generate.plan import PlanRow, check_ranges, make_plan
 from brainldm.generate.run import GenerateSettings, generate, row_noise
 from brainldm.generate.sampler_table import compare_samplers
 from brainldm.generate.start import Ready, parse_memory, start
-from brainldm.model.cost import estimate_seconds, network_calls, work_of
+from brainldm.model.cost import convolution_speed, estimate_seconds, network_calls, work_of
 from brainldm.model.description import (
     AutoencoderDescription,
     CovariatesDescription,
@@ -71,7 +71,13 @@ def test_work_is_counted_as_published(published: LatentDiffusionDescription) -> 
     assert work.decode_flop == pytest.approx(15.1e12, rel=0.01)
 
 
-def test_time_grows_with_the_work(tiny_run: Path, published: LatentDiffusionDescription) -> None:
+def test_time_grows_with_the_work(
+    tiny_run: Path, published: LatentDiffusionDescription, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One speed for all: what else runs on the machine is not the work's.
+    assert convolution_speed(read_description(tiny_run), CPU, "fp32") > 0
+    monkeypatch.setattr("brainldm.model.cost.convolution_speed", lambda *_: 2e11)
+
     def seconds(description: LatentDiffusionDescription, **changes: object) -> float:
         asked = {"images": 4, "sampler": "ddim", "steps": 50, "device": CPU, "precision": "fp32"} | changes
         return estimate_seconds(description, **asked)  # type: ignore[arg-type]
