@@ -210,7 +210,7 @@ def train(
 ) -> None:
     """A cohort becomes a model. RECIPE is quick, demo, small, fast or paper; lsgan or vaegan trains a baseline, age or
     sex the judge's predictor."""
-    given = perceptual or perceptual_weights
+    given, changes = perceptual or perceptual_weights, tuple(settings or ())
     _check_flags_of(
         recipe,
         perceptual=given,
@@ -231,7 +231,7 @@ def train(
             averaging=averaging,
             device=device,
             precision=precision,
-            settings=settings or (),
+            settings=changes,
             dry_run=dry_run,
         )
         return
@@ -246,17 +246,17 @@ def train(
             precision=precision,
             cache=cache,
             tensorboard=tensorboard,
-            settings=settings or (),
+            settings=changes,
             dry_run=dry_run,
         )
         return
     from brainldm.recipes import recipe_named
     from brainldm.train.settings import with_settings
 
-    chosen = with_settings(recipe_named(recipe), settings or ())
+    chosen = with_settings(recipe_named(recipe), changes)
     if perceptual is not None:
         chosen = replace(chosen, autoencoder=replace(chosen.autoencoder, perceptual=perceptual))
-    chosen = replace(chosen, settings=tuple(settings or ()))
+    chosen = replace(chosen, settings=changes)
     if dry_run:
         _say(json.dumps(chosen.to_json(), indent=2))
         return

@@ -58,7 +58,7 @@ def choose_precision(name: str, device: torch.device, *, trained_side: int | Non
 
 def device_name(device: torch.device) -> str:
     """`cpu`, or the name of the GPU."""
-    return device.type if device.type != "cuda" else torch.cuda.get_device_name(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def told_precision(device: torch.device, precision: str) -> str:

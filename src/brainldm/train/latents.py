@@ -101,7 +101,6 @@ def _encoded(
     progress: Progress,
 ) -> dict[str, torch.Tensor]:
     """Every image's latent, view by view, kept in `folder` part by part."""
-
     images = [(view, index) for view in range(made_by["views"]) for index in range(len(dataset))]
 
     def image_of(number: int) -> tuple[np.ndarray, float]:

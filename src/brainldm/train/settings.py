@@ -43,10 +43,7 @@ def _changed(config: Any, name: str, path: list[str], text: str) -> Any:
         value = text
     try:
         value = TypeAdapter(typing.get_type_hints(type(config))[path[0]]).validate_python(value)
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise UsageError(f"{name} cannot be {text!r}: {reason}.", remedy=f"It is {inner!r} now.") from error
-    try:
         return replace(config, **{path[0]: value})
-    except ValueError as error:
-        raise UsageError(f"{name} cannot be {text!r}: {error}.", remedy=f"It is {inner!r} now.") from error
+    except ValueError as error:  # of another type (ValidationError), or what the group itself refuses
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise UsageError(f"{name} cannot be {text!r}: {reason}.", remedy=f"It is {inner!r} now.") from error
