@@ -34,6 +34,7 @@ from brainldm.train.autoencoder_stage import AutoencoderStage
 from brainldm.train.config import Recipe
 from brainldm.train.diffusion_stage import DiffusionStage
 from brainldm.train.latents import Latents
+from brainldm.train.parts import Parts
 
 
 class Phantoms:
@@ -62,9 +63,9 @@ def built(
         return stage
     people, shape = recipe.diffusion.batch, recipe.autoencoder.net.latent_shape_CXYZ(grid.shape_XYZ)
     draws = stream(0, "recipe step")
+    mean = torch.from_numpy(draws.standard_normal((people, *shape), np.float32))
     latents = Latents(
-        torch.from_numpy(draws.standard_normal((people, *shape), np.float32)),
-        torch.full((people, *shape), -6.0),
+        Parts(({"mean": mean, "log_variance": torch.full_like(mean, -6.0)},)),
         torch.ones(people),
         (0.0,) * shape[0],
         (1.0,) * shape[0],

@@ -21,9 +21,15 @@ def drawn(people: int = 200) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return 2 + torch.einsum("nf,fcxyz->ncxyz", condition_NF, slopes_FCXYZ) + noise, condition_NF, slopes_FCXYZ
 
 
+def fitted(mean_NCXYZ: torch.Tensor, log_variance: float, condition_NF: torch.Tensor) -> LatentPopulation:
+    """Of latents that come some people at a time, all as variable as that in themselves."""
+    parts = mean_NCXYZ.split(64)
+    return LatentPopulation.fitted(((part, torch.full_like(part, log_variance)) for part in parts), condition_NF)
+
+
 def test_the_line_is_found_and_the_rest_has_unit_variance() -> None:
     mean, condition, slopes = drawn()
-    found = LatentPopulation.fitted(mean, torch.full_like(mean, -torch.inf), condition)
+    found = fitted(mean, -math.inf, condition)
     torch.testing.assert_close(found.slopes_FCXYZ, slopes, atol=0.15, rtol=0)
     torch.testing.assert_close(found.mean_CXYZ, torch.full(SHAPE_CXYZ, 2.0), atol=0.15, rtol=0)
     left = found.standardised(mean, condition)
@@ -34,14 +40,14 @@ def test_the_line_is_found_and_the_rest_has_unit_variance() -> None:
 
 def test_the_encoder_s_own_variance_counts() -> None:
     mean, condition, _ = drawn()
-    found = LatentPopulation.fitted(mean, torch.full_like(mean, 2 * math.log(0.3)), condition)
+    found = fitted(mean, 2 * math.log(0.3), condition)
     assert float(found.std_CXYZ.mean()) == pytest.approx((0.1**2 + 0.3**2) ** 0.5, rel=0.02)
 
 
 def test_a_covariate_that_is_the_same_in_everybody_gets_no_slope_of_its_own() -> None:
     mean, condition, _ = drawn()
     condition[:, 1] = 0.0
-    found = LatentPopulation.fitted(mean, torch.full_like(mean, -torch.inf), condition)
+    found = fitted(mean, -math.inf, condition)
     assert torch.isfinite(found.slopes_FCXYZ).all()
     assert float(found.slopes_FCXYZ[1].abs().max()) < 1e-6
 
@@ -49,11 +55,11 @@ def test_a_covariate_that_is_the_same_in_everybody_gets_no_slope_of_its_own() ->
 def test_air_is_not_blown_up() -> None:
     mean, condition, _ = drawn()
     mean[:, :, 0] = 1.0
-    found = LatentPopulation.fitted(mean, torch.full_like(mean, -torch.inf), condition)
+    found = fitted(mean, -math.inf, condition)
     assert float(found.standardised(mean, condition)[:, :, 0].abs().max()) < 1e-3
 
 
 def test_too_few_people_are_refused() -> None:
     mean, condition, _ = drawn(4)
     with pytest.raises(ValueError, match="4 people cannot carry a line"):
-        LatentPopulation.fitted(mean, torch.full_like(mean, -torch.inf), condition)
+        fitted(mean, -math.inf, condition)

@@ -26,9 +26,9 @@ from brainldm.train.gan_run import train_gan
 from brainldm.train.run import train
 from conftest import tiny_recipe
 
-# Float32 sums in another order: 3e-7 was seen over six steps, and from equal weights in one step of shards. Shards lie
-# in memory another way, so convolutions round otherwise, and Adam's first steps make much of it: 3e-4 in six steps.
-TOLERANCE, TOLERANCE_OF_LATER_STEPS = 2e-5, 2e-3
+# Float32 sums in another order, of which Adam's first steps make much: 2e-7 was seen in the first, 7e-5 within six.
+# Shards lie in memory another way, so convolutions round otherwise: 3e-7 in a step from equal weights, 3e-4 within six.
+TOLERANCE, TOLERANCE_OF_LATER_STEPS = 3e-4, 2e-3
 
 
 def even_recipe() -> Recipe:

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from brainldm.cohort.dataset import PreparedCohort, VolumeDataset
 from brainldm.model.folder import load_latent_diffusion
@@ -48,16 +47,22 @@ def test_an_interrupted_encoding_goes_on_with_the_parts_that_are_whole(
             encoded(tmp_path / "run", stop_at=stop_at)
     rest = encoded(tmp_path / "run")
     assert images == everybody_twice[-len(images) :] and len(images) < 2 * n - 6
-    assert torch.equal(rest.mean_NCXYZ, whole.mean_NCXYZ)
-    assert torch.equal(rest.log_variance_NCXYZ, whole.log_variance_NCXYZ)
+    for name in ("mean", "log_variance"):
+        assert torch.equal(rest.kept.whole(name), whole.kept.whole(name))
     assert torch.equal(rest.ventricle_factor_N, whole.ventricle_factor_N)
-    assert not torch.equal(whole.mean_NCXYZ[:n], whole.mean_NCXYZ[n:])
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"latents.json", "latents.safetensors"}
-    assert load_file(tmp_path / "run" / "latents.safetensors")["mean"].shape[0] == 2 * n
+    mean_NCXYZ = whole.kept.whole("mean")
+    assert len(mean_NCXYZ) == 2 * n and not torch.equal(mean_NCXYZ[:n], mean_NCXYZ[n:])
+    some = [2 * n - 1, 0, 4]
+    assert torch.equal(whole.mean_BCXYZ(some), mean_NCXYZ[some])
+    std = (mean_NCXYZ.double().var(unbiased=False) + whole.kept.whole("log_variance").double().exp().mean()).sqrt()
+    assert whole.std == pytest.approx(float(std), rel=1e-9)
 
     encoded(tmp_path / "run")
     assert images == []
-    with pytest.raises(KeyboardInterrupt):
-        encoded(tmp_path / "run", key="another autoencoder", stop_at=2 * n)
+    torn = sorted((tmp_path / "run").glob("*.safetensors"))[1]
+    torn.write_bytes(torn.read_bytes()[:-1])
     encoded(tmp_path / "run")
-    assert images == []
+    assert len(images) == 3, "only the damaged part is encoded again"
+    encoded(tmp_path / "run", key="another autoencoder")
+    assert images == everybody_twice
+    assert len(list((tmp_path / "run").glob("*.safetensors"))) == -(-2 * n // 3), "what is of no use is kept"

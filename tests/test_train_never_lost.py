@@ -98,8 +98,8 @@ def everything(run: Path) -> dict[str, Any]:
         newest = run / stage / "checkpoints" / f"step-{STEPS:08d}.safetensors"
         for name, tensor in load_file(newest).items():  # weights, averages, moments
             found[f"{stage} {name}"] = tensor.contiguous().numpy().tobytes()
-    for file in ("latents/latents.safetensors", "model/autoencoder.safetensors", "model/unet.safetensors"):
-        found[file] = sha256_of(run / file)
+    for file in [*run.glob("latents/*.safetensors"), *run.glob("model/*.safetensors")]:
+        found[str(file.relative_to(run))] = sha256_of(file)
     return found
 
 

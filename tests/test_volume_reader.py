@@ -95,7 +95,7 @@ def test_cells_are_decoded_once_and_what_cannot_be_read_gives_no_reader(
         asked.append(index)
         return decoded(latent_NCXYZ[index])
 
-    find = lambda rows, key: find_volume_reader(tmp_path, latent_NCXYZ, rows, decode, 4.0, key)  # noqa: E731
+    find = lambda rows, key: find_volume_reader(tmp_path, latent_NCXYZ.__getitem__, rows, decode, 4.0, key)  # noqa: E731
     found, facts = find(rows, "key")
     assert found is not None and facts["used"] and facts["people"] == len(asked) == 60
     strangers = [replace(row, brain_mm3=1.4e6 + 1e5 * stream(1, "x", i).normal()) for i, row in enumerate(rows)]
@@ -123,11 +123,11 @@ def test_an_interrupted_decoding_is_gone_on_with_and_a_damaged_file_made_anew(
         return decoded(latent_NCXYZ[index])
 
     with pytest.raises(KeyboardInterrupt):
-        find_volume_reader(tmp_path, latent_NCXYZ, rows, decode, 4.0, "key")
-    found, _ = find_volume_reader(tmp_path, latent_NCXYZ, rows, decode, 4.0, "key")
+        find_volume_reader(tmp_path, latent_NCXYZ.__getitem__, rows, decode, 4.0, "key")
+    found, _ = find_volume_reader(tmp_path, latent_NCXYZ.__getitem__, rows, decode, 4.0, "key")
     assert asked == [*range(31), *range(20, 50)]
     sorted((tmp_path / "cells").iterdir())[0].write_bytes(b"torn")
-    again, _ = find_volume_reader(tmp_path, latent_NCXYZ, rows, decode, 4.0, "key")
+    again, _ = find_volume_reader(tmp_path, latent_NCXYZ.__getitem__, rows, decode, 4.0, "key")
     assert asked[61:] == [*range(20)]
     assert all(torch.equal(a, b) for a, b in zip(found.tensors().values(), again.tensors().values(), strict=True))
 

@@ -151,10 +151,10 @@ class Waits:
     name, steps = "waits", 6
 
     def __init__(self) -> None:
-        self.waited_seconds = 0.0
+        self.feed: Feed[int] = Feed(lambda step: step, self.steps)
 
     def step(self, step: int) -> dict[str, float]:
-        self.waited_seconds += 0.002
+        self.feed.waited_seconds += 0.002
         time.sleep(0.02)
         return {"loss": 1.0 / (step + 1)}
 

@@ -11,6 +11,7 @@ where its own answer is 0. It is not the paper's way, which scales all of the la
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,6 @@ from brainldm.base.covariates import COVARIATES
 # encoder must not be blown up.
 _LEAST_STD = 0.05
 FEWEST_FOR_A_POPULATION = len(COVARIATES) + 2  # a line for each covariate, its height, and something left over
-_VOXELS_AT_ONCE = 4096  # 40,000 people's in float64 are 1.3 GB
 
 
 @dataclass(frozen=True)
@@ -35,25 +35,29 @@ class LatentPopulation:
 
     @classmethod
     def fitted(
-        cls, mean_NCXYZ: torch.Tensor, log_variance_NCXYZ: torch.Tensor, condition_NF: torch.Tensor
+        cls, latents: Iterable[tuple[torch.Tensor, torch.Tensor]], condition_NF: torch.Tensor
     ) -> LatentPopulation:
         """Least squares over people, in float64; the variance is that of the means about the line plus the encoder's
-        own, whose logarithm is given. More people than covariates + 1 are needed."""
-        people, shape = len(mean_NCXYZ), mean_NCXYZ.shape[1:]
+        own. `latents` are their means and log-variances (P, C, X, Y, Z) in order, some people at a time. More people
+        than covariates + 1 are needed."""
+        people = len(condition_NF)
         if people <= condition_NF.shape[1] + 1:
             raise ValueError(f"{people} people cannot carry a line for each of {condition_NF.shape[1]} covariates")
         design_NG = torch.cat([torch.ones(people, 1), condition_NF], dim=1).double()
         # By the pseudo-inverse, so that a covariate that is the same in everybody gets no slope.
         solve_GN = torch.linalg.pinv(design_NG)
-        lines, variances = [], []
-        for values, own in zip(
-            mean_NCXYZ.flatten(1).split(_VOXELS_AT_ONCE, 1), log_variance_NCXYZ.flatten(1).split(_VOXELS_AT_ONCE, 1)
-        ):
-            values_NV = values.double()
-            lines.append(solve_GN @ values_NV)
-            left_NV = values_NV - design_NG @ lines[-1]
-            variances.append(left_NV.square().sum(0) / (people - design_NG.shape[1]) + own.double().exp().mean(0))
-        lines_GV, std_V = torch.cat(lines, 1), torch.cat(variances).sqrt()
+        done, shape = 0, torch.Size()
+        lines_GV, squares_V, own_V = (torch.zeros(1, dtype=torch.float64) for _ in range(3))
+        for mean_PCXYZ, log_variance_PCXYZ in latents:
+            shape, values_PV = mean_PCXYZ.shape[1:], mean_PCXYZ.flatten(1).double()
+            lines_GV = lines_GV + solve_GN[:, done : done + len(values_PV)] @ values_PV
+            squares_V = squares_V + values_PV.square().sum(0)
+            own_V = own_V + log_variance_PCXYZ.flatten(1).double().exp().sum(0)
+            done += len(values_PV)
+        # The line and what is left are orthogonal, so that squares subtract.
+        on_line_V = (lines_GV * (design_NG.T @ design_NG @ lines_GV)).sum(0)
+        left_V = (squares_V - on_line_V).clamp(min=0) / (people - design_NG.shape[1])
+        std_V = (left_V + own_V / people).sqrt()
         std_V = std_V.clamp(min=_LEAST_STD * float(std_V.mean()))
         return cls(
             lines_GV[0].reshape(shape).float(),

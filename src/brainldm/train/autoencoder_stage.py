@@ -72,7 +72,7 @@ class AutoencoderStage:
         self.steps, self.seed, self.device, self.precision = config.steps, seed, device, precision
         self.order = BatchOrder(seed, len(train), config.batch)
         self.share = place.share(config.batch)
-        self._feed = Feed(lambda step: self._training_images(step, self.share), config.steps)
+        self.feed = Feed(lambda step: self._training_images(step, self.share), config.steps)
         layout = torch.channels_last_3d
         torch.manual_seed(int(stream(seed, "autoencoder-weights").integers(2**31)))  # torch's initialisers read it
         self.autoencoder = build_autoencoder(config.net, checkpointing=config.checkpointing)
@@ -109,16 +109,14 @@ class AutoencoderStage:
     def step(self, step: int) -> dict[str, float]:
         config = self.config
         self._set_learning_rates(step)
-        image = self._tensor(self._feed.take(step))
+        image = self._tensor(self.feed.take(step))
         adversarial = self.discriminator is not None and step >= config.adversarial_from_step
 
         # Autoencoder
         self.optimiser.zero_grad(set_to_none=True)
         with autocast(self.device, self.precision):
             latent = self._encoded(image, step)
-            shape = (config.batch, *latent.mean_BCXYZ.shape[1:])
-            noise = stream(self.seed, "autoencoder-noise", step).standard_normal(shape, np.float32)[self.share]
-            reconstruction = self.autoencoder.decode(latent.sample(torch.from_numpy(noise).to(self.device)))
+            reconstruction = self.autoencoder.decode(latent.sample(self._noise(step, latent.mean_BCXYZ.shape[1:])))
         reconstruction = reconstruction.float()
         figures = {"l1": F.l1_loss(reconstruction, image), "kl": latent.kl_B().mean()}
         loss = figures["l1"] + config.kl_weight * figures["kl"]
@@ -155,6 +153,12 @@ class AutoencoderStage:
         passes = int(stream(self.seed, "autoencoder-passes", step).integers(1, most + 1))
         return self.autoencoder.encode(image, passes)
 
+    def _noise(self, step: int, shape_CXYZ: Sequence[int]) -> torch.Tensor:
+        """For this process's share of the batch."""
+        draws = (stream(self.seed, "autoencoder-noise", number) for number in self.order.numbers(step)[self.share])
+        noise_BCXYZ = np.stack([draw.standard_normal(shape_CXYZ, np.float32) for draw in draws])
+        return torch.from_numpy(noise_BCXYZ).to(self.device)
+
     def _train_discriminator(self, image: torch.Tensor, reconstruction: torch.Tensor) -> dict[str, torch.Tensor]:
         assert self.discriminator is not None
         self.discriminator.requires_grad_(True)
@@ -181,13 +185,11 @@ class AutoencoderStage:
     def _training_images(self, step: int, share: slice) -> list[np.ndarray]:
         """That share of the step's batch, each image changed by a draw of its own. A function of the step: it is made
         ahead."""
-        draws = stream(self.seed, "autoencoder-augmentation", step)
-        changes = [(i, draw_change(draws, self.config.augmentation)) for i in self.order.members(step)]
-        return [changed(self.train.image_XYZ(i), change) for i, change in changes[share]]
-
-    @property
-    def waited_seconds(self) -> float:
-        return self._feed.waited_seconds
+        images = []
+        for member, number in zip(self.order.members(step)[share], self.order.numbers(step)[share]):
+            draws = stream(self.seed, "autoencoder-augmentation", number)
+            images.append(changed(self.train.image_XYZ(member), draw_change(draws, self.config.augmentation)))
+        return images
 
     def _images(self, dataset: VolumeDataset, members: list[int]) -> torch.Tensor:
         return self._tensor([dataset.image_XYZ(i) for i in members])

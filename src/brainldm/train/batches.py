@@ -27,6 +27,11 @@ class BatchOrder:
         order = current[1]
         return [int(i) for i in order[position * self._batch : (position + 1) * self._batch]]
 
+    def numbers(self, step: int) -> range:
+        """The places of the step's members among all images that a run is shown. What is drawn for one of them is drawn
+        from a stream of that number, so that a process can draw for its share of a batch alone."""
+        return range(step * self._batch, (step + 1) * self._batch)
+
 
 def evenly_spread(count: int, most: int) -> list[int]:
     """At most `most` of 0..count-1, evenly spread."""

@@ -8,6 +8,7 @@ z is the latent x scale (the paper), or what the population's mean leaves of it 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from brainldm.train.batches import BatchOrder
 from brainldm.train.checkpoint import module_tensors, optimiser_tensors, restore_module, restore_optimiser
 from brainldm.train.config import DiffusionStageConfig
 from brainldm.train.distributed import ALONE, Place
+from brainldm.train.feeding import Feed
 from brainldm.train.latents import Latents
 from brainldm.train.loop import learning_rate_factor
 from brainldm.train.pictures import save_rows
@@ -77,6 +79,11 @@ class _Batch:
     condition_BF: torch.Tensor
 
 
+def _normal(draws: Sequence[np.random.Generator], shape_CXYZ: Sequence[int]) -> torch.Tensor:
+    """Standard normal numbers (B, C, X, Y, Z), each image's of its own draws."""
+    return torch.from_numpy(np.stack([draw.standard_normal(shape_CXYZ, np.float32) for draw in draws]))
+
+
 class DiffusionStage:
     """The U-Net, its moving average, and how one step trains it."""
 
@@ -104,9 +111,10 @@ class DiffusionStage:
         self.steps, self.seed, self.device, self.precision = config.steps, seed, device, precision
         self.schedule = stage_schedule(config)
         batch = min(config.batch, len(names))
-        self.order, self.share = BatchOrder(seed, len(names), batch), place.share(batch)
+        self.order, share = BatchOrder(seed, len(names), batch), place.share(batch)
+        self.feed = Feed(lambda step: self._batch(step, share), config.steps)
         torch.manual_seed(int(stream(seed, "diffusion-weights").integers(2**31)))  # torch's initialisers read it
-        net = unet_config(config, latents.mean_NCXYZ.shape[1])
+        net = unet_config(config, latents.shape_CXYZ[0])
         self.unet = DiffusionUNet(net, checkpointing=config.checkpointing)
         if start is not None:
             self.unet.load_state_dict(start.state_dict())
@@ -121,18 +129,18 @@ class DiffusionStage:
     # ---- one step -----------------------------------------------------------------------------------------------
 
     def step(self, step: int) -> dict[str, float]:
-        config, share = self.config, self.share
+        config = self.config
         self.optimiser.param_groups[0]["lr"] = config.learning_rate * learning_rate_factor(
             step, warmup_steps=config.warmup_steps, total_steps=config.steps, cosine_decay=config.cosine_decay
         )
-        batch = self._batch(step)
-        x_BCXYZ = batch.x_BCXYZ[share].to(self.device).contiguous(memory_format=torch.channels_last_3d)
-        timesteps_B, condition_BF = batch.timesteps_B[share].to(self.device), batch.condition_BF[share].to(self.device)
+        batch = self.feed.take(step)
+        x_BCXYZ = batch.x_BCXYZ.to(self.device).contiguous(memory_format=torch.channels_last_3d)
+        timesteps_B, condition_BF = batch.timesteps_B.to(self.device), batch.condition_BF.to(self.device)
 
         self.optimiser.zero_grad(set_to_none=True)
         with autocast(self.device, self.precision):
             output = self.unet(*with_covariates(x_BCXYZ, timesteps_B, condition_BF))
-        loss = F.mse_loss(output.float(), batch.target_BCXYZ[share].to(self.device))
+        loss = F.mse_loss(output.float(), batch.target_BCXYZ.to(self.device))
         loss.backward()
         self.place.average_gradients(self.unet)
         # Where nothing is clipped the norm is looked at all the same: weights that are no numbers must not be saved.
@@ -143,21 +151,20 @@ class DiffusionStage:
             self.average.update(self.unet, step)
         return figures
 
-    def _batch(self, step: int) -> _Batch:
-        """The whole batch of that step, of all processes: latents are small, and its draws are one stream."""
-        config, members = self.config, self.order.members(step)
-        draw = stream(self.seed, "diffusion-step", step)
-        shape = (len(members), *self.latents.mean_NCXYZ.shape[1:])
-        latent_BCXYZ = self.latents.sample(members, draw.standard_normal(shape, np.float32))
+    def _batch(self, step: int, share: slice) -> _Batch:
+        """That share of the step's batch. A function of the step: it is made ahead."""
+        config, members, shape = self.config, self.order.members(step)[share], self.latents.shape_CXYZ
+        draws = [stream(self.seed, "diffusion-step", number) for number in self.order.numbers(step)[share]]
+        latent_BCXYZ = self.latents.sample(members, _normal(draws, shape))
         condition_BF = self.condition_NF[members]
         if self.population is None:
             z_BCXYZ = self.scale * latent_BCXYZ
         else:
             z_BCXYZ = self.population.standardised(latent_BCXYZ, condition_BF)
-        noise_BCXYZ = torch.from_numpy(draw.standard_normal(shape, np.float32))
-        timesteps_B = torch.from_numpy(draw_timesteps(draw, config, len(members)))
+        noise_BCXYZ = _normal(draws, shape)
+        timesteps_B = torch.from_numpy(np.concatenate([draw_timesteps(draw, config, 1) for draw in draws]))
         # Whether somebody's covariates are kept back: the image is still theirs.
-        untold_B1 = torch.from_numpy(draw.random((len(members), 1)) < config.condition_dropout)
+        untold_B1 = torch.tensor([[draw.random() < config.condition_dropout] for draw in draws])
         condition_BF = torch.where(untold_B1, NOT_TOLD, condition_BF)
         x_BCXYZ, target_BCXYZ = training_pair(config.target, z_BCXYZ, noise_BCXYZ, timesteps_B, self.schedule)
         return _Batch(x_BCXYZ, target_BCXYZ, timesteps_B, condition_BF)
@@ -181,7 +188,7 @@ class DiffusionStage:
         return [self.names[i] for i in self.order.members(step)]
 
     def batch_tensors(self, step: int) -> dict[str, torch.Tensor]:
-        batch = self._batch(step)
+        batch = self._batch(step, slice(None))
         return {
             "x": batch.x_BCXYZ,
             "target": batch.target_BCXYZ,

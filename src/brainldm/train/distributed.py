@@ -1,9 +1,9 @@
 """One training by several processes, each with its share of every batch. torchrun starts them, on one node or many.
 
-A recipe's batch is the whole batch, and every random draw is made for the whole batch and cut, so that N processes
-compute what one does, within rounding. Each holds all the weights (or shards of them: sharding.py) and averages the
-gradients after its backward pass: one thing after another, at the price that sending does not overlap computing. The
-first process, the leader, is the only one that writes.
+A recipe's batch is the whole batch, and what is drawn for an image belongs to its place in the run, so that N processes
+compute what one does, within rounding, and each makes its own share alone. Each holds all the weights (or shards of
+them: sharding.py) and averages the gradients after its backward pass: one thing after another, at the price that
+sending does not overlap computing. The first process, the leader, alone writes, but for latents (parts.py).
 """
 
 from __future__ import annotations

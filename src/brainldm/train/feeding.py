@@ -1,4 +1,4 @@
-"""The images of the next steps are made ready while this step runs."""
+"""What the next steps need is made ready while this step runs."""
 
 from __future__ import annotations
 

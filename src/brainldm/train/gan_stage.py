@@ -45,7 +45,7 @@ class GanStage:
         self.config, self.net, self.train, self.condition_NF = config, net, train, condition_NF.astype(np.float32)
         self.steps, self.seed, self.device, self.precision = config.steps, seed, device, precision
         self.order = BatchOrder(seed, len(train), config.batch)
-        self._feed = Feed(lambda step: self._stacked(self.order.members(step)), config.steps)
+        self.feed = Feed(lambda step: self._stacked(self.order.members(step)), config.steps)
         torch.manual_seed(int(stream(seed, f"{config.kind}-weights").integers(2**31)))  # torch's initialisers read it
         self.generator, self.discriminator = GanGenerator(net), GanDiscriminator(net)
         self.encoder = GanEncoder(net) if config.kind == "vaegan" else None
@@ -64,7 +64,7 @@ class GanStage:
 
     def step(self, step: int) -> dict[str, float]:
         members = self.order.members(step)
-        image = self._tensor(self._feed.take(step))
+        image = self._tensor(self.feed.take(step))
         condition = torch.from_numpy(self.condition_NF[members]).to(self.device)
         noise = self._noise(step, "gan-noise", len(members))
         figures: dict[str, torch.Tensor] = {}
@@ -130,10 +130,6 @@ class GanStage:
 
     def _stacked(self, members: list[int]) -> np.ndarray:
         return np.stack([self.train.image_XYZ(i) for i in members])[:, None]
-
-    @property
-    def waited_seconds(self) -> float:
-        return self._feed.waited_seconds
 
     def _tensor(self, image_B1XYZ: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(image_B1XYZ).to(self.device).contiguous(memory_format=torch.channels_last_3d)

@@ -1,55 +1,64 @@
 """The cohort seen through the trained autoencoder: encoded once, kept as mean and log-variance.
 
-RUN/latents/latents.safetensors   mean and log-variance (N, C, X, Y, Z): the people of the training split in order, as
-                                  they are, then all of them once more for each augmented view
-RUN/latents/latents.json          which autoencoder and cohort they are of, their scale and statistics
-RUN/latents/encoding/             those encoded so far, while the cohort is encoded
+RUN/latents/*.safetensors   mean and log-variance (C, X, Y, Z) of the people of the training split in order, as they
+                            are, then of all of them once more for each augmented view; some in each file
+RUN/latents/latents.json    which autoencoder and cohort they are of, their scale and statistics
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
-from brainldm.base.files import read_json, sha256_of, write_json
+from brainldm.base.files import read_json, write_json
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import stream
 from brainldm.cohort.dataset import VolumeDataset
 from brainldm.model.precision import autocast
-from brainldm.model.tensors import write_tensors
 from brainldm.nets.atlas import AnyAutoencoder
 from brainldm.train.augment import Change, changed, draw_change
 from brainldm.train.config import NO_AUGMENTATION, Augmentation
-from brainldm.train.feeding import Feed
-from brainldm.train.parts import PART_LENGTH, kept_in_parts
+from brainldm.train.distributed import ALONE, Place
+from brainldm.train.feeding import made_ahead
+from brainldm.train.parts import Parts, kept_in_parts
 
 
 @dataclass(frozen=True)
 class Latents:
     """Latents of the training people and their statistics, in the autoencoder's own units.
 
-    `ventricle_factor_N` is what an augmentation did to the ventricles' volume; the brain's is normalised for head size,
-    so no change of size touches it.
+    `kept` has them by number, `mean` and `log_variance` (C, X, Y, Z) each. `ventricle_factor_N` is what an augmentation
+    did to the ventricles' volume; the brain's is normalised for head size, so no change of size touches it.
     """
 
-    mean_NCXYZ: torch.Tensor
-    log_variance_NCXYZ: torch.Tensor
+    kept: Parts
     ventricle_factor_N: torch.Tensor
     channel_mean: tuple[float, ...]
     channel_std: tuple[float, ...]
     std: float
 
-    def sample(self, members: list[int], noise_BCXYZ: np.ndarray) -> torch.Tensor:
+    @property
+    def shape_CXYZ(self) -> tuple[int, ...]:
+        return tuple(self.kept.parts[0]["mean"].shape[1:])
+
+    def mean_BCXYZ(self, members: Sequence[int]) -> torch.Tensor:
+        return self.kept.rows("mean", members)
+
+    def sample(self, members: Sequence[int], noise_BCXYZ: torch.Tensor) -> torch.Tensor:
         """z = mean + sigma x noise for those members: a fresh draw at every step, as the autoencoder meant it."""
-        sigma = (0.5 * self.log_variance_NCXYZ[members]).exp()
-        return self.mean_NCXYZ[members] + sigma * torch.from_numpy(noise_BCXYZ)
+        sigma = (0.5 * self.kept.rows("log_variance", members)).exp()
+        return self.mean_BCXYZ(members) + sigma * noise_BCXYZ
+
+
+def distributions(kept: Parts) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Means and log-variances (N, C, X, Y, Z) of all latents in order, a part at a time."""
+    return ((part["mean"], part["log_variance"]) for part in kept.parts)
 
 
 def encode_cohort(
@@ -63,30 +72,23 @@ def encode_cohort(
     seed: int = 0,
     device: torch.device,
     precision: str,
+    place: Place = ALONE,
     progress: Progress = Quiet(),  # noqa: B008  # stateless
 ) -> Latents:
-    """The latents of `dataset`, from `folder` when they are there with the same `key` (a digest of the autoencoder's
-    weights and the cohort), else encoded and kept. Views beyond the first are of images changed by `augmentation`."""
-    path, facts_path = folder / "latents.safetensors", folder / "latents.json"
+    """The latents of `dataset`, from `folder` as far as they are there with the same `key` (a digest of the
+    autoencoder's weights and the cohort), else encoded and kept; several processes share the work. Views beyond the
+    first are of images changed by `augmentation`."""
     made_by = {"key": key, "views": views, "augmentation": asdict(augmentation), "seed": seed}
     made_by = json.loads(json.dumps(made_by))  # as it is read back
-    facts = read_json(facts_path) if facts_path.is_file() and path.is_file() else {}
-    if facts.get("made_by") != made_by or facts.get("sha256") != sha256_of(path):
-        tensors = _encoded(
-            folder / "encoding", autoencoder, dataset, made_by, augmentation, device, precision, progress
-        )
-        write_tensors(path, tensors)
-        facts = {"made_by": made_by, "sha256": sha256_of(path), "people": len(dataset), **_statistics(tensors)}
-        write_json(facts_path, facts)
-    shutil.rmtree(folder / "encoding", ignore_errors=True)
-    tensors = load_file(path)  # mapped, so that only what a step needs is read
+    kept = _encoded(folder, autoencoder, dataset, made_by, augmentation, device, precision, progress, place)
+    path = folder / "latents.json"
+    with place.leader_first():
+        facts = read_json(path) if path.is_file() else {}
+        if facts.get("made_by") != made_by:
+            facts = {"made_by": made_by, "people": len(dataset), **_statistics(kept)}
+            write_json(path, facts)
     return Latents(
-        tensors["mean"],
-        tensors["log_variance"],
-        tensors["ventricle_factor"],
-        tuple(facts["channel_mean"]),
-        tuple(facts["channel_std"]),
-        facts["std"],
+        kept, kept.whole("ventricle_factor"), tuple(facts["channel_mean"]), tuple(facts["channel_std"]), facts["std"]
     )
 
 
@@ -99,8 +101,9 @@ def _encoded(
     device: torch.device,
     precision: str,
     progress: Progress,
-) -> dict[str, torch.Tensor]:
-    """Every image's latent, view by view, kept in `folder` part by part."""
+    place: Place,
+) -> Parts:
+    """Every image's latent, view by view."""
     images = [(view, index) for view in range(made_by["views"]) for index in range(len(dataset))]
 
     def image_of(number: int) -> tuple[np.ndarray, float]:
@@ -110,32 +113,32 @@ def _encoded(
             change = draw_change(stream(made_by["seed"], f"latent-view-{view}", index), augmentation)
         return changed(dataset.image_XYZ(index), change), change.scale**3
 
-    feed = Feed(image_of, len(images))
+    def latents_of(numbers: Sequence[int]) -> Iterator[dict[str, torch.Tensor]]:
+        for image_XYZ, ventricle_factor in made_ahead(lambda position: image_of(numbers[position]), len(numbers)):
+            image = torch.from_numpy(np.ascontiguousarray(image_XYZ))[None, None].to(device)
+            with torch.no_grad(), autocast(device, precision):
+                latent = autoencoder.encode(image.contiguous(memory_format=torch.channels_last_3d))
+            yield {
+                "mean": latent.mean_BCXYZ[0].float().cpu(),
+                "log_variance": latent.log_variance_BCXYZ[0].float().cpu(),
+                "ventricle_factor": torch.tensor(ventricle_factor),
+            }
 
-    def latent_of(number: int) -> dict[str, torch.Tensor]:
-        image_XYZ, ventricle_factor = feed.take(number)
-        image = torch.from_numpy(np.ascontiguousarray(image_XYZ))[None, None].to(device)
-        with torch.no_grad(), autocast(device, precision):
-            latent = autoencoder.encode(image.contiguous(memory_format=torch.channels_last_3d))
-        return {
-            "mean": latent.mean_BCXYZ.float().cpu(),
-            "log_variance": latent.log_variance_BCXYZ.float().cpu(),
-            "ventricle_factor": torch.tensor([ventricle_factor]),
-        }
-
-    return kept_in_parts(folder, made_by, range(len(images)), latent_of, "encoding latents", progress)
+    return kept_in_parts(folder, made_by, range(len(images)), latents_of, "encoding latents", progress, place)
 
 
-def _statistics(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _statistics(kept: Parts) -> dict[str, Any]:
     """Means and standard deviations of the drawn latents, by channel and of all, in float64, a part at a time."""
-    mean, log_variance = tensors["mean"], tensors["log_variance"]
-    axes, count = (0, 2, 3, 4), mean[:, 0].numel()
-    parts = list(zip(mean.split(PART_LENGTH), log_variance.split(PART_LENGTH)))
-    channel_mean = torch.stack([part.double().sum(axes) for part, _ in parts]).sum(0) / count
+    axes = (0, 2, 3, 4)
+    count, (total_C, squares_C, own_C) = 0, torch.zeros(3, 1, dtype=torch.float64)
+    for mean, log_variance in distributions(kept):
+        count += mean[:, 0].numel()
+        total_C = total_C + mean.double().sum(axes)
+        squares_C = squares_C + mean.double().square().sum(axes)
+        own_C = own_C + log_variance.double().exp().sum(axes)
+    channel_mean = total_C / count
     # Variance of z = variance of the means + mean of the variances.
-    squares = [(part.double() - channel_mean[:, None, None, None]).square().sum(axes) for part, _ in parts]
-    own = [part.double().exp().sum(axes) for _, part in parts]
-    channel_variance = torch.stack(squares).sum(0) / count + torch.stack(own).sum(0) / count
+    channel_variance = squares_C / count - channel_mean.square() + own_C / count
     pooled = channel_variance.mean() + channel_mean.var(unbiased=False)
     return {
         "std": float(pooled.sqrt()),

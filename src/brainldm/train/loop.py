@@ -27,6 +27,7 @@ from brainldm.base.progress import Progress, Quiet
 from brainldm.model.tensors import write_tensors
 from brainldm.train.checkpoint import Checkpoint, drop_newer, load_newest, save_checkpoint
 from brainldm.train.distributed import ALONE, Place
+from brainldm.train.feeding import Feed
 from brainldm.train.pace import Pace
 from brainldm.train.tensorboard import Board
 
@@ -65,6 +66,13 @@ class Begins(Protocol):
 
 
 @runtime_checkable
+class Fed(Protocol):
+    """A stage whose batches are made ahead; what it waits for them is logged."""
+
+    feed: Feed[Any]
+
+
+@runtime_checkable
 class ShowsBatch(Protocol):
     """A stage that can say what its networks were shown."""
 
@@ -98,7 +106,6 @@ def run_stage(
 ) -> dict[str, Any]:
     """Trains `stage` in `folder` to its last step, or for `minutes` of training time in all, and returns a summary.
 
-    What a stage waits for data, it says in `waited_seconds`, a sum over its steps, where it has one.
     Resumes by itself. `asked` is the list of a caller who listens for signals already (asked_to_end). Raises BadInput
     when the loss is not finite (the batch is named and kept, nothing is saved over the good checkpoint), Terminated,
     exit code 143, after saving when the process is asked to end, and EnvironmentProblem when the disk is full or, with
@@ -133,7 +140,7 @@ def run_stage(
             figures = place.mean(stage.step(done))
             _check_finite(figures, done, stage, folder, place)
             done += 1
-            waited = pace.mark(getattr(stage, "waited_seconds", 0.0))
+            waited = pace.mark(stage.feed.waited_seconds if isinstance(stage, Fed) else 0.0)
             log.write({"step": done, **figures}, elapsed, waited)
             progress.advance(1, f"loss {figures['loss']:.4f}, {pace}")
 

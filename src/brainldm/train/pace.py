@@ -11,7 +11,7 @@ RECENT_STEPS = 50
 class Pace:
     """Images a second and the share of time spent waiting for data, over the last RECENT_STEPS steps.
 
-    `images_a_step` is the batch. What a stage waits for is its own to say: `waited_seconds`, a sum over its steps.
+    `images_a_step` is the batch.
     """
 
     def __init__(self, images_a_step: int) -> None:

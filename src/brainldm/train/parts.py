@@ -1,10 +1,15 @@
-"""Tensors of many people, found one after another and kept part by part, so that no interruption loses many."""
+"""Tensors of many people, found one after another and kept in files of some people each.
+
+No interruption loses many, no file is ever whole in memory (30,000 people's latents at 1 mm are hundreds of gigabytes),
+and the processes of one training share the work.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,53 +17,86 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from brainldm.base.errors import EnvironmentProblem
 from brainldm.base.progress import Progress
 from brainldm.model.tensors import write_tensors
+from brainldm.train.distributed import ALONE, Place
 
 PART_LENGTH = 64
 
 Item = TypeVar("Item")
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Rows of tensors by name, so many in each of `parts` but the last; mapped from disk, so that only rows asked for
+    are read."""
+
+    parts: tuple[Mapping[str, torch.Tensor], ...]
+
+    def rows(self, name: str, members: Sequence[int]) -> torch.Tensor:
+        """Those rows, stacked."""
+        length = len(self.parts[0][name])
+        return torch.stack([self.parts[at // length][name][at % length] for at in members])
+
+    def whole(self, name: str) -> torch.Tensor:
+        """All rows: only of what is small."""
+        return torch.cat([part[name] for part in self.parts])
+
+
 def kept_in_parts(
     folder: Path,
     made_by: Mapping[str, Any],
     items: Sequence[Item],
-    tensors_of: Callable[[Item], dict[str, torch.Tensor]],
+    found: Callable[[Sequence[Item]], Iterator[dict[str, torch.Tensor]]],
     what: str,
     progress: Progress,
-) -> dict[str, torch.Tensor]:
-    """`tensors_of` each item, by name, joined along the first axis. PART_LENGTH items at a time are kept in `folder`
-    under the digest of `made_by`, and not found again; what something else made is deleted, and what is damaged is
-    found anew. `what` is the progress bar's."""
+    place: Place = ALONE,
+) -> Parts:
+    """What `found` of the items, one after another: tensors by name. PART_LENGTH items at a time are kept in `folder`
+    under the digest of `made_by`, and not found again; what something else made is deleted, what is damaged found anew.
+    Several processes share the parts and come back together. `what` is the progress bar's."""
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
     parts = {
         folder / f"{digest}-{start}.safetensors": items[start : start + PART_LENGTH]
         for start in range(0, len(items), PART_LENGTH)
     }
-    for path in folder.glob("*.safetensors"):
-        if path not in parts:
-            path.unlink()
-    found = {path: tensors for path in parts if (tensors := _read(path)) is not None}
-    missing = [path for path in parts if path not in found]
+    if place.leads:
+        for path in folder.glob("*.safetensors"):
+            if path not in parts:
+                path.unlink()
+    first, end = (rank * len(parts) // place.processes for rank in (place.rank, place.rank + 1))
+    mine = list(parts)[first:end]
+    missing = [path for path in mine if _read(path) is None]
     if missing:
-        progress.start(what, len(items), sum(len(parts[path]) for path in found))
+        total, left = (sum(len(parts[path]) for path in some) for some in (mine, missing))
+        progress.start(what, total, total - left)
+    tensors = found([item for path in missing for item in parts[path]])
     for path in missing:
         rows = []
-        for item in parts[path]:
-            rows.append(tensors_of(item))
+        for _ in parts[path]:
+            rows.append(next(tensors))
             progress.advance()
-        found[path] = _joined(rows)
-        write_tensors(path, found[path])
-    return _joined([found[path] for path in parts])
+        write_tensors(path, {name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+    place.wait()
+    return Parts(tuple(_read_by_all(path, place) for path in parts))
 
 
 def _read(path: Path) -> dict[str, torch.Tensor] | None:
+    """What is in the file, mapped; None where there is none or it is damaged."""
     try:
         return load_file(path)
-    except (SafetensorError, OSError):  # none, or damaged
+    except (SafetensorError, OSError):
         return None
 
 
-def _joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+def _read_by_all(path: Path, place: Place) -> dict[str, torch.Tensor]:
+    tensors = _read(path)
+    if tensors is None:
+        raise EnvironmentProblem(
+            f"what another process of this training wrote is not to be seen by {place.rank} of {place.processes}.",
+            remedy="Put the run's folder on a file system that all nodes share.",
+            path=path,
+            reason="not_shared",
+        )
+    return tensors

@@ -52,7 +52,7 @@ class PredictorStage:
         )
         self.steps, self.seed, self.device, self.precision = config.steps, seed, device, precision
         self.order = BatchOrder(seed, len(train), config.batch)
-        self._feed = Feed(self._shifted_BXYZ, config.steps)
+        self.feed = Feed(self._shifted_BXYZ, config.steps)
         labels = self._labels(train)
         self.offset, self.scale = (float(labels.mean()), float(labels.std())) if target == "age_years" else (0.0, 1.0)
         torch.manual_seed(int(stream(seed, "predictor-weights").integers(2**31)))
@@ -74,7 +74,7 @@ class PredictorStage:
         self.network.train()
         self.optimiser.zero_grad(set_to_none=True)
         with autocast(self.device, self.precision):
-            found = self.network(self._tensor(self._feed.take(step))).float()
+            found = self.network(self._tensor(self.feed.take(step))).float()
         loss = self._loss(found, wanted.to(self.device))
         loss.backward()
         norm = clip_gradients(self.network, self.config.gradient_clip)
@@ -97,10 +97,6 @@ class PredictorStage:
             start = [most + s for s in shift]
             moved.append(padded[tuple(slice(s, n - 2 * most + s) for s, n in zip(start, padded.shape))])
         return np.stack(moved)
-
-    @property
-    def waited_seconds(self) -> float:
-        return self._feed.waited_seconds
 
     def _tensor(self, images_BXYZ: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(images_BXYZ, dtype=np.float32))[:, None]

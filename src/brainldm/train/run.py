@@ -42,7 +42,7 @@ from brainldm.train.describe_model import described, quality_of
 from brainldm.train.diffusion_stage import DiffusionStage
 from brainldm.train.distributed import ALONE, Place, check_divides, together
 from brainldm.train.kept_volumes import kept_volumes
-from brainldm.train.latents import Latents, encode_cohort
+from brainldm.train.latents import Latents, distributions, encode_cohort
 from brainldm.train.loop import EndsBetween, asked_to_end, run_stage, warn_of_checkpoints
 from brainldm.train.perceptual import PerceptualChoice
 from brainldm.train.record import record_run
@@ -314,28 +314,28 @@ class _Run:
         config = self.recipe.diffusion
         autoencoder, autoencoder_summary = self._trained_autoencoder()
         key = _latents_key(autoencoder, self.cohort)
-        with self.place.leader_first():
-            latents = encode_cohort(
-                self.out / "latents",
-                autoencoder,
-                self.train,
-                key,
-                views=config.latent_views,
-                augmentation=config.augmentation,
-                seed=self.recipe.seed,
-                device=self.device,
-                precision=self.precision,
-                progress=self.progress,
-            )
+        latents = encode_cohort(
+            self.out / "latents",
+            autoencoder,
+            self.train,
+            key,
+            views=config.latent_views,
+            augmentation=config.augmentation,
+            seed=self.recipe.seed,
+            device=self.device,
+            precision=self.precision,
+            place=self.place,
+            progress=self.progress,
+        )
         scale = config.latent_scale or 1.0 / latents.std
         people = self._covariates_of(latents, autoencoder, key)
         equalised_by = CovariateModel.fitted(self.train.covariates) if config.covariate_scaling == "equalised" else None
         condition_NF = conditions(people, self.ranges, equalised_by)
         population = None
         if config.latent_population:
-            population = LatentPopulation.fitted(
-                latents.mean_NCXYZ, latents.log_variance_NCXYZ, torch.from_numpy(condition_NF)
-            )
+            told_NF = torch.from_numpy(condition_NF)
+            fitted = LatentPopulation.fitted(distributions(latents.kept), told_NF) if self.place.leads else None
+            population = self.place.from_leader(fitted)
         stage = DiffusionStage(
             config,
             latents,
@@ -411,7 +411,7 @@ class _Run:
 
         def decoded_XYZ(index: int) -> np.ndarray:
             with torch.no_grad(), autocast(self.device, self.precision):
-                image_BCXYZ = autoencoder.decode(latents.mean_NCXYZ[index : index + 1].to(self.device))
+                image_BCXYZ = autoencoder.decode(latents.mean_BCXYZ([index]).to(self.device))
             return image_BCXYZ[0, 0].float().cpu().numpy()
 
         return decoded_XYZ
@@ -425,7 +425,7 @@ class _Run:
         people, voxel_mm = told[: len(self.train)], self.cohort.grid.voxel_mm
         reader, facts = find_volume_reader(
             self.out / "latents",
-            latents.mean_NCXYZ,
+            latents.mean_BCXYZ,
             people,
             self._decoder(latents, autoencoder),
             voxel_mm,
@@ -446,7 +446,7 @@ class _Run:
     def _description(
         self, latents: Latents, scale: float, training: dict[str, Any], reader: VolumeReader | None = None
     ) -> LatentDiffusionDescription:
-        _, c, x, y, z = latents.mean_NCXYZ.shape
+        c, x, y, z = latents.shape_CXYZ
         latent = LatentDescription(
             shape_CXYZ=(c, x, y, z),
             scale=scale,

@@ -5,7 +5,7 @@ RUN/latents/cells/   mean intensities of the reconstructions in cells, and which
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ MOST_PEOPLE = 2000
 
 def find_volume_reader(
     folder: Path,
-    latent_NCXYZ: torch.Tensor,
+    latents_NCXYZ: Callable[[Sequence[int]], torch.Tensor],
     people: Sequence[Covariates],
     decoded_XYZ: Callable[[int], np.ndarray],
     voxel_mm: float,
@@ -39,7 +39,7 @@ def find_volume_reader(
     *,
     progress: Progress = Quiet(),  # noqa: B008  # stateless
 ) -> tuple[VolumeReader | None, dict[str, Any]]:
-    """The reader of `people` (what the U-Net is told of them) from their latents (N, C, x, y, z) and what
+    """The reader of `people` (what the U-Net is told of them) from their latents (N, C, x, y, z) by index and what
     `decoded_XYZ` makes of them, and the facts of it. At most MOST_PEOPLE, evenly spread, are decoded, once for each
     `key`; an interrupted decoding is gone on with. None where it explains less than LEAST_EXPLAINED of either volume in
     people left out, or where these are fewer than FEWEST_FOR_A_READER."""
@@ -49,14 +49,15 @@ def find_volume_reader(
     some = evenly_spread(len(people), MOST_PEOPLE)
     made_by = {"key": key, "cell_voxels": cell_voxels, "people": len(some)}
 
-    def cells_of(index: int) -> dict[str, torch.Tensor]:
-        return {"cells": cell_means(decoded_XYZ(index), cell_voxels)[None]}
+    def cells_of(indices: Sequence[int]) -> Iterator[dict[str, torch.Tensor]]:
+        return ({"cells": cell_means(decoded_XYZ(index), cell_voxels)} for index in indices)
 
-    cells_NXYZ = kept_in_parts(folder / "cells", made_by, some, cells_of, "decoding training people", progress)["cells"]
+    cells = kept_in_parts(folder / "cells", made_by, some, cells_of, "decoding training people", progress)
     told = [people[at] for at in some]
-    latents = latent_NCXYZ[: len(people)] if len(some) == len(people) else latent_NCXYZ[some]
     others_NF = covariates_array(told)[:, : -len(VOLUMES)]
-    reader, explained_2 = fitted_reader(cell_voxels, cells_NXYZ, latents, others_NF, volumes_array(told))
+    reader, explained_2 = fitted_reader(
+        cell_voxels, cells.whole("cells"), latents_NCXYZ(some), others_NF, volumes_array(told)
+    )
     used = bool((explained_2 >= LEAST_EXPLAINED).all())
     facts = {"people": len(some), "explained": dict(zip(VOLUMES, explained_2.tolist())), "used": used}
     return (reader if used else None), facts
