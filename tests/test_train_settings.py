@@ -13,7 +13,9 @@ from brainldm.cli import app
 from brainldm.recipes import recipe_named
 from brainldm.recipes.gan import baseline
 from brainldm.train.config import PredictorConfig
+from brainldm.train.run import train
 from brainldm.train.settings import with_settings
+from conftest import tiny_recipe
 
 
 def test_values_are_made_of_their_type() -> None:
@@ -39,11 +41,23 @@ def test_values_are_made_of_their_type() -> None:
         ("diffusion.target=x", "diffusion.target cannot be 'x'"),
         ("autoencoder.net.cell=3", "autoencoder.net.cell cannot be '3'"),
         ("autoencoder.steps", "sets nothing"),
+        ("diffusion.latent_views=0", "diffusion.latent_views cannot be '0': .*greater than or equal to 1"),
+        ("diffusion.timestep_shift=0", "greater than 0"),
+        ("diffusion.learning_rate=NaN", "diffusion.learning_rate cannot be 'NaN'"),
+        ("autoencoder.augmentation.flip_probability=1.5", "less than or equal to 1"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_name(asked: str, told: str) -> None:
     with pytest.raises(UsageError, match=told):
         with_settings(recipe_named("fast"), [asked])
+
+
+@pytest.mark.parametrize("setting", ["norm_groups=7", "head_channels=[0, 31]", "beta_end=2"])
+def test_a_stage_2_that_cannot_be_is_refused_before_stage_1(tiny_cohort: Path, tmp_path: Path, setting: str) -> None:
+    recipe = with_settings(tiny_recipe(), [f"diffusion.{setting}"])
+    with pytest.raises(UsageError, match="no stage 2 can be made of recipe 'tiny'"):
+        train(recipe, tiny_cohort, tmp_path / "run")
+    assert not (tmp_path / "run" / "autoencoder").exists()
 
 
 def test_a_run_records_them_and_is_gone_on_with_by_the_same_alone(tiny_cohort: Path, tmp_path: Path) -> None:

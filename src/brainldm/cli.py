@@ -258,7 +258,7 @@ def train(
         chosen = replace(chosen, autoencoder=replace(chosen.autoencoder, perceptual=perceptual))
     chosen = replace(chosen, settings=changes)
     if dry_run:
-        _say(json.dumps(chosen.to_json(), indent=2))
+        _say(json.dumps(asdict(chosen), indent=2))
         return
     from brainldm.train.run import train as run_training
 

@@ -137,7 +137,7 @@ def write_phantom_study(
     seed: int,
     labels: Path | None = None,
     workers: int = 1,
-    progress: Progress = Quiet(),  # noqa: B008  # stateless
+    progress: Progress = Quiet(),  # stateless
 ) -> None:
     """Writes phantoms 0 to n - 1 as a BIDS derivative dataset, or makes what is missing of it.
 

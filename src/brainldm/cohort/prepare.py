@@ -70,7 +70,7 @@ def prepare_study(
     config: PrepareConfig,
     *,
     workers: int = 1,
-    progress: Progress = Quiet(),  # noqa: B008  # stateless
+    progress: Progress = Quiet(),  # stateless
 ) -> PrepareSummary:
     """Prepares the study in `bids` into `out`, or finishes, extends or refreshes what an earlier call made there.
 

@@ -53,7 +53,7 @@ def check_instrument(
     covariate: str = "ventricles_mm3",
     instrument: Instrument | None = None,
     workers: int = 1,
-    progress: Progress = Quiet(),  # noqa: B008  # stateless
+    progress: Progress = Quiet(),  # stateless
 ) -> InstrumentCheck:
     """Measures every scan in `study` and compares `covariate` with the column `against` of its participants.tsv.
 

@@ -66,7 +66,7 @@ def generate(
     rows: list[PlanRow],
     settings: GenerateSettings,
     *,
-    progress: Progress = Quiet(),  # noqa: B008  # stateless
+    progress: Progress = Quiet(),  # stateless
 ) -> GenerateSummary:
     """Makes every row of the plan that `out` does not hold yet, as a BIDS derivative.
 

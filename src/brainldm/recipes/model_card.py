@@ -59,7 +59,7 @@ def make_card(
     seed: int = 0,
     measure: Instrument | None = None,
     workers: int = 1,
-    progress: Progress = Quiet(),  # noqa: B008  # stateless
+    progress: Progress = Quiet(),  # stateless
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Makes `n` brains, judges them against the held-out people of `cohort` with the predictors `age` and `sex`,

@@ -89,7 +89,7 @@ def reconstructions(
     records: Manifest,
     *,
     workers: int = 1,
-    progress: Progress = Quiet(),  # noqa: B008  # stateless
+    progress: Progress = Quiet(),  # stateless
 ) -> list[dict[str, Any]]:
     """FIGURES of each person's reconstruction, from `records` where they are there already.
 

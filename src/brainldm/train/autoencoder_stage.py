@@ -239,7 +239,7 @@ class AutoencoderStage:
     def validate(
         self,
         folder: Path | None = None,
-        progress: Progress = Quiet(),  # noqa: B008  # stateless
+        progress: Progress = Quiet(),  # stateless
     ) -> dict[str, Any]:
         """What is lost of held-out people: the means of a reconstruction report, written into `folder` if given."""
         if not len(self.validation):

@@ -51,7 +51,7 @@ def train_gan(
     precision: str = "auto",
     cache: Path | None = None,
     tensorboard: bool = False,
-    progress: Progress = Quiet(),  # noqa: B008  # stateless
+    progress: Progress = Quiet(),  # stateless
 ) -> TrainSummary:
     """Trains the baseline `config` on the cohort `data` in `out`, going on from whatever is already there.
 

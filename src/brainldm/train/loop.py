@@ -100,7 +100,7 @@ def run_stage(
     minutes: float | None = None,
     checkpoint_minutes: float = 5.0,
     tensorboard: bool = False,
-    progress: Progress = Quiet(),  # noqa: B008  # stateless
+    progress: Progress = Quiet(),  # stateless
     place: Place = ALONE,
     asked: list[int] | None = None,
 ) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def reconstruction_report(
     seed: int,
     *,
     precision: str = "fp32",
-    progress: Progress = Quiet(),  # noqa: B008  # stateless
+    progress: Progress = Quiet(),  # stateless
 ) -> ReconstructionReport:
     """How near the reconstructions of `images` are to `references`, one a name.
 
@@ -202,7 +202,7 @@ def reconstruct_cohort(
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
-    progress: Progress = Quiet(),  # noqa: B008  # stateless
+    progress: Progress = Quiet(),  # stateless
 ) -> ReconstructionReport:
     """Reconstructs a prepared cohort's images with a model folder's autoencoder and writes the report into `out`.
 

@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import brainldm
-from brainldm.base.covariates import CovariateModel, CovariateRanges, Covariates, conditions
+from brainldm.base.covariates import CovariateRanges, Covariates
 from brainldm.base.errors import EnvironmentProblem, UsageError
 from brainldm.base.files import locked_folder, read_json, write_json
 from brainldm.base.manifest import Manifest
@@ -39,7 +39,7 @@ from brainldm.train.autoencoder_stage import AutoencoderStage
 from brainldm.train.checkpoint import load_newest
 from brainldm.train.config import STAGES, AutoencoderStageConfig, Recipe
 from brainldm.train.describe_model import described, quality_of
-from brainldm.train.diffusion_stage import DiffusionStage
+from brainldm.train.diffusion_stage import DiffusionStage, stage_schedule, unet_config
 from brainldm.train.distributed import ALONE, Place, check_divides, together
 from brainldm.train.kept_volumes import kept_volumes
 from brainldm.train.latents import Latents, distributions, encode_cohort
@@ -75,7 +75,7 @@ def train(
     cache: Path | None = None,
     tensorboard: bool = False,
     start_from: Path | None = None,
-    progress: Progress = Quiet(),  # noqa: B008  # stateless
+    progress: Progress = Quiet(),  # stateless
 ) -> TrainSummary:
     """Trains `recipe` on the prepared cohort `data` in `out`, going on from whatever is already there.
 
@@ -107,7 +107,7 @@ def train(
             run.start = start_model(start_from, recipe, cohort.grid)
         run.choose_perceptual(perceptual_weights, needed="autoencoder" in stages)
         run.check_and_record(stages)
-        budget = dict.fromkeys(STAGES, None if minutes is None else minutes)
+        budget = dict.fromkeys(STAGES, minutes)
         if minutes is not None and stage == "all":
             budget = {name: minutes * share for name, share in recipe.minutes_share.items()}
         summaries = {}
@@ -149,8 +149,16 @@ class _Run:
     ) -> None:
         self.recipe, self.cohort, self.out, self.device, self.progress = recipe, cohort, out, device, progress
         self.place, self.shard = place, shard
-        downsampling = recipe.autoencoder.net.downsampling * _unet_downsampling(recipe)
-        smallest_side = min(cohort.grid.shape_XYZ) // downsampling
+        try:
+            unet = unet_config(recipe.diffusion, recipe.autoencoder.net.latent_channels)
+            stage_schedule(recipe.diffusion)
+        except ValueError as error:
+            raise UsageError(
+                f"no stage 2 can be made of recipe {recipe.name!r}: {error}.",
+                remedy="Change it: --set diffusion.NAME=VALUE.",
+            ) from error
+        self.downsampling = recipe.autoencoder.net.downsampling * unet.downsampling
+        smallest_side = min(cohort.grid.shape_XYZ) // self.downsampling
         self.precision = choose_precision(precision, device, trained_side=smallest_side)
         self.train = VolumeDataset(cohort, "train")
         self.validation = VolumeDataset(cohort, "validation")
@@ -174,11 +182,10 @@ class _Run:
                 "there is nothing to shard in one process.", remedy="Start several: torchrun --nproc-per-node N ..."
             )
         check_trainable(self.train, self.recipe.autoencoder.batch)
-        downsampling = self.recipe.autoencoder.net.downsampling * _unet_downsampling(self.recipe)
-        if any(n % downsampling for n in self.cohort.grid.shape_XYZ):
+        if any(n % self.downsampling for n in self.cohort.grid.shape_XYZ):
             raise UsageError(
-                f"the grid {self.cohort.grid.shape_XYZ} is not divisible by {downsampling}, what the autoencoder and "
-                f"the U-Net of recipe {self.recipe.name!r} divide it by together.",
+                f"the grid {self.cohort.grid.shape_XYZ} is not divisible by {self.downsampling}, what the autoencoder "
+                f"and the U-Net of recipe {self.recipe.name!r} divide it by together.",
                 remedy="Choose another recipe or another grid.",
             )
         net = self.recipe.autoencoder.net
@@ -200,9 +207,9 @@ class _Run:
         }
         for name in stages:
             check_divides(self.place, name, batches[name])
-        self.ranges = CovariateRanges.fitted(self.train.covariates)
+        CovariateRanges.fitted(self.train.covariates)  # refuses what all people share
         description = {
-            "recipe": self.recipe.to_json(),
+            "recipe": asdict(self.recipe),
             "cohort": {"name": self.cohort.name, "digest": self.cohort.digest, "training_images": len(self.train)},
             "perceptual_weights_sha256": self.perceptual.sha256,
             "precision": self.precision,
@@ -329,8 +336,8 @@ class _Run:
         )
         scale = config.latent_scale or 1.0 / latents.std
         people = self._covariates_of(latents, autoencoder, key)
-        equalised_by = CovariateModel.fitted(self.train.covariates) if config.covariate_scaling == "equalised" else None
-        condition_NF = conditions(people, self.ranges, equalised_by)
+        description = self._description(latents, scale, {})
+        condition_NF = description.covariates.conditions(people)
         population = None
         if config.latent_population:
             told_NF = torch.from_numpy(condition_NF)
@@ -352,7 +359,6 @@ class _Run:
         )
         stage.facts = {"latents": key}
         here = None if population is None else LatentPopulation.from_tensors(population.tensors(), self.device)
-        description = self._description(latents, scale, {})
         stage.sample_preview = LatentDiffusion(description, autoencoder, stage.unet, population=here)
         summary = self._run(stage, minutes)
         unet = stage.trained_unet()
@@ -466,11 +472,6 @@ class _Run:
             licence=self.cohort.licence,
             volume_reader=None if reader is None else reader.description(),
         )
-
-
-def _unet_downsampling(recipe: Recipe) -> int:
-    """What the U-Net divides the sides of a latent by at its coarsest."""
-    return int(recipe.diffusion.fold * 2 ** (len(recipe.diffusion.channels) - 1))
 
 
 def _latents_key(autoencoder: AnyAutoencoder, cohort: PreparedCohort) -> str:

@@ -42,7 +42,7 @@ def _changed(config: Any, name: str, path: list[str], text: str) -> Any:
     except json.JSONDecodeError:
         value = text
     try:
-        value = TypeAdapter(typing.get_type_hints(type(config))[path[0]]).validate_python(value)
+        value = TypeAdapter(typing.get_type_hints(type(config), include_extras=True)[path[0]]).validate_python(value)
         return replace(config, **{path[0]: value})
     except ValueError as error:  # of another type (ValidationError), or what the group itself refuses
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
