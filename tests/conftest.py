@@ -19,6 +19,7 @@ from brainldm.base.tables import write_table
 from brainldm.base.volume import Grid, Volume
 from brainldm.cohort.dataset import FORMAT, KIND
 from brainldm.cohort.register import Registration, register_to_template
+from brainldm.nets.atlas import AtlasAutoencoderConfig
 from brainldm.nets.autoencoder import AutoencoderConfig
 from brainldm.train.config import AutoencoderStageConfig, DiffusionStageConfig, Recipe
 from brainldm.train.run import train
@@ -100,6 +101,19 @@ def write_tiny_cohort(folder: Path, people: int, grid: Grid = TINY_GRID) -> None
             "licence": "CC0-1.0",
         },
     )
+
+
+# Of images registered to the tiny grid
+TINY_ATLASES = AtlasAutoencoderConfig(
+    grid_XYZ=TINY_GRID.shape_XYZ,
+    cell=4,
+    latent_channels=4,
+    channels=8,
+    res_blocks=1,
+    norm_groups=8,
+    atlases=2,
+    passes=2,
+)
 
 
 def tiny_recipe(**changes: object) -> Recipe:

@@ -61,6 +61,16 @@ def test_a_worker_killed_from_outside_is_an_environment_problem() -> None:
     assert "--workers" in caught.value.remedy
 
 
+def asked_to_end(number: int) -> int:
+    os.kill(os.getpid(), signal.SIGTERM)
+    return number
+
+
+def test_a_workers_own_sigterm_is_the_parents_to_handle() -> None:
+    """A scheduler sends it to all processes of a job."""
+    assert sorted(result for _, result in each_in_a_pool(asked_to_end, [1, 2, 3], workers=2)) == [1, 2, 3]
+
+
 def test_who_stops_listening_does_not_wait_for_the_rest() -> None:
     outcomes = each_in_a_pool(slow, range(4), workers=2)
     assert next(outcomes) == (0, 0)

@@ -24,17 +24,17 @@ from brainldm.generate.sampler_table import compare_samplers
 from brainldm.generate.start import Ready, parse_memory, start
 from brainldm.model.cost import convolution_speed, estimate_seconds, network_calls, work_of
 from brainldm.model.description import (
-    AutoencoderDescription,
     CovariatesDescription,
     GridDescription,
     LatentDescription,
     LatentDiffusionDescription,
-    UNetDescription,
 )
 from brainldm.model.folder import load_model, read_description
 from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.model.memory import MemoryPlan, _held_and_free, plan_memory
+from brainldm.nets.autoencoder import AutoencoderConfig
 from brainldm.nets.packed import packing_works
+from brainldm.nets.unet import UNetConfig
 from brainldm.recipes.figures import figure_2, figure_4, make_figure
 
 CPU = torch.device("cpu")
@@ -46,8 +46,8 @@ def published() -> LatentDiffusionDescription:
     """The description of the published model, without its weights."""
     return LatentDiffusionDescription(
         name="published",
-        autoencoder=AutoencoderDescription(),
-        unet=UNetDescription(),
+        autoencoder=AutoencoderConfig(),
+        unet=UNetConfig(),
         latent=LatentDescription(shape_CXYZ=(3, 20, 28, 20), scale=1.0),
         covariates=CovariatesDescription(ranges=PAPER_RANGES.to_json()),
         grid=GridDescription.of(GRIDS["paper"], network_x="right_to_left"),
@@ -257,7 +257,7 @@ def test_the_peak_is_within_the_plan(published: LatentDiffusionDescription, tmp_
 
     save_model(
         tmp_path,
-        LatentDiffusion(published, Autoencoder(published.autoencoder.build()), DiffusionUNet(published.unet.build())),
+        LatentDiffusion(published, Autoencoder(published.autoencoder), DiffusionUNet(published.unet)),
     )
     script = f"""
 import torch

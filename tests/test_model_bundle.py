@@ -25,7 +25,7 @@ from brainldm.base.errors import BadInput, UsageError
 from brainldm.model import bundle
 from brainldm.model.bundle import PUBLISHED, PublishedFile, export_monai, import_monai, read_checkpoint
 from brainldm.model.bundle_layout import autoencoder_config, layout_of, network_kind, renamed, unet_config
-from brainldm.model.description import AutoencoderDescription, ScheduleDescription
+from brainldm.model.description import ScheduleDescription
 from brainldm.model.folder import DESCRIPTION_NAME, load_model, read_description, save_model
 from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.nets.autoencoder import Autoencoder, AutoencoderConfig
@@ -307,7 +307,7 @@ def test_what_the_files_cannot_tell_is_not_exported(
 
 def test_a_folding_autoencoder_is_not_exported(model: LatentDiffusion, tmp_path: Path) -> None:
     folding = AutoencoderConfig(channels=(32,), res_blocks=1, fold=2)
-    description = model.description.model_copy(update={"autoencoder": AutoencoderDescription(**vars(folding))})
+    description = model.description.model_copy(update={"autoencoder": folding})
     save_model(tmp_path / "model", replace(model, description=description, autoencoder=Autoencoder(folding)))
     with pytest.raises(UsageError, match="folds 2 voxels"):
         export_monai(tmp_path / "model", tmp_path / "out")

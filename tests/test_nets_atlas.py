@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from brainldm.model.precision import autocast
 from brainldm.nets.atlas import (
     AtlasAutoencoder,
     AtlasAutoencoderConfig,
@@ -17,9 +20,10 @@ from brainldm.nets.autoencoder import Autoencoder, AutoencoderConfig
 from brainldm.nets.blocks import pack_for_sampling
 from brainldm.nets.packed import packing_works
 from brainldm.nets.slabs import decode_in_slabs
+from conftest import TINY_ATLASES
 
 GRID = (16, 24, 20)
-CONFIG = AtlasAutoencoderConfig(grid_XYZ=GRID, channels=8, norm_groups=4, atlases=2, passes=3)
+CONFIG = replace(TINY_ATLASES, grid_XYZ=GRID, norm_groups=4, passes=3)
 
 
 def build(config: AtlasAutoencoderConfig = CONFIG) -> AtlasAutoencoder:
@@ -142,9 +146,9 @@ def test_it_knows_one_grid() -> None:
     with pytest.raises(ValueError, match=r"knows the places of \(16, 24, 20\) alone"):
         build().encode(torch.zeros(1, 1, 20, 24, 16))
     with pytest.raises(ValueError, match="the grid of registered images"):
-        AtlasAutoencoderConfig(grid_XYZ=(16, 24, 18))
+        replace(CONFIG, grid_XYZ=(16, 24, 18))
     with pytest.raises(ValueError, match="latent_channels is 2: a displacement alone takes 3"):
-        AtlasAutoencoderConfig(grid_XYZ=GRID, latent_channels=2)
+        replace(CONFIG, latent_channels=2)
 
 
 @pytest.mark.skipif(not packing_works(), reason="this build of torch cannot pack convolutions")
@@ -160,3 +164,14 @@ def test_packed_weights_decode_and_encode_nearly_the_same() -> None:
         packed = network.decode(network.encode(image).mean_BCXYZ)
     assert packed.dtype == torch.float32
     assert float((packed - exact).square().mean().sqrt()) < 0.01
+
+
+def test_every_weight_has_its_gradient_in_bf16() -> None:
+    """Passes without gradients come before the one with them, in the same context."""
+    autoencoder, images = build(), torch.rand((2, 1, *GRID))
+    with autocast(torch.device("cpu"), "bf16"):
+        latent = autoencoder.encode(images, 2)
+        loss = (autoencoder.decode(latent.mean_BCXYZ) - images).square().mean() + latent.kl_B().mean()
+    loss.backward()
+    without = [name for name, weight in autoencoder.named_parameters() if weight.requires_grad and weight.grad is None]
+    assert without == []

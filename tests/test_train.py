@@ -23,13 +23,13 @@ from brainldm.base.streams import stream
 from brainldm.generate.run import row_noise
 from brainldm.model.description import POPULATION_NAME
 from brainldm.model.folder import load_latent_diffusion, load_model
-from brainldm.nets.atlas import AtlasAutoencoder, AtlasAutoencoderConfig
+from brainldm.nets.atlas import AtlasAutoencoder
 from brainldm.train.checkpoint import Checkpoint, load_newest, save_checkpoint
 from brainldm.train.config import Augmentation, Recipe
 from brainldm.train.diffusion_stage import DiffusionStage, draw_timesteps
 from brainldm.train.loop import Terminated, run_stage
 from brainldm.train.run import train
-from conftest import tiny_recipe, write_tiny_cohort
+from conftest import TINY_ATLASES, tiny_recipe, write_tiny_cohort
 
 WEIGHTS = ("model/autoencoder.safetensors", "model/unet.safetensors", "autoencoder/log.jsonl", "diffusion/log.jsonl")
 
@@ -137,7 +137,7 @@ def test_guidance_goes_along_the_line_from_the_untold_to_the_told(run_with_every
 
 def test_a_recipe_of_registered_images_is_for_one_grid(tiny_cohort: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe()
-    net = AtlasAutoencoderConfig(grid_XYZ=(32, 24, 16))
+    net = replace(TINY_ATLASES, grid_XYZ=(32, 24, 16))
     recipe = replace(recipe, autoencoder=replace(recipe.autoencoder, net=net))
     with pytest.raises(UsageError, match=r"images of \(32, 24, 16\) voxels, and the cohort's have \(16, 24, 16\)"):
         train(recipe, tiny_cohort, tmp_path / "run")
@@ -152,10 +152,9 @@ def test_too_few_people_show_no_population(tmp_path: Path) -> None:
 
 def test_an_autoencoder_of_atlases_trains_and_generates(tiny_cohort: Path, tmp_path: Path) -> None:
     recipe = everything_on()
-    net = AtlasAutoencoderConfig(grid_XYZ=(16, 24, 16), channels=8, atlases=2, passes=2)
     recipe = replace(
         recipe,
-        autoencoder=replace(recipe.autoencoder, net=net, initial_log_variance=-5.0),
+        autoencoder=replace(recipe.autoencoder, net=TINY_ATLASES, initial_log_variance=-5.0),
         diffusion=replace(recipe.diffusion, channels=(16,), attention=(True,), head_channels=(16,), fold=2),
     )
     train(recipe, tiny_cohort, tmp_path / "run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,8 @@ def test_values_are_made_of_their_type() -> None:
         ("diffusion.target=x", "diffusion.target cannot be 'x'"),
         ("autoencoder.net.cell=3", "autoencoder.net.cell cannot be '3'"),
         ("autoencoder.steps", "sets nothing"),
+        ("name=mine", "no setting 'name'"),
+        ('minutes_share={"autoencoder": 1}', "at least 2 items"),
         ("diffusion.latent_views=0", "diffusion.latent_views cannot be '0': .*greater than or equal to 1"),
         ("diffusion.timestep_shift=0", "greater than 0"),
         ("diffusion.learning_rate=NaN", "diffusion.learning_rate cannot be 'NaN'"),
@@ -66,6 +69,24 @@ def test_a_run_records_them_and_is_gone_on_with_by_the_same_alone(tiny_cohort: P
     assert read_json(tmp_path / "run" / "run.json")["config"]["batch"] == 2
     with pytest.raises(UsageError, match=r"config\.batch: 2 there, 3 now"):
         app([*command, "--set", "batch=3"], result_action="return_value")
+
+
+def test_a_run_goes_on_with_what_leaves_its_result(
+    tiny_cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def go_on(*settings: str) -> None:
+        recipe = with_settings(tiny_recipe(), ["autoencoder.cosine_decay=true", *settings])
+        train(replace(recipe, settings=settings), tiny_cohort, tmp_path, stage="autoencoder")
+
+    go_on("autoencoder.steps=2")
+    go_on("autoencoder.checkpointing=true", "checkpoint_minutes=9", "autoencoder.steps=2")
+    assert "warning" not in capsys.readouterr().err
+    go_on("autoencoder.steps=3")
+    assert "the autoencoder's learning rate was falling over 2 steps" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="2 steps were asked for, and this run has made 3"):
+        go_on("autoencoder.steps=2")
+    with pytest.raises(UsageError, match="another run"):
+        go_on("autoencoder.learning_rate=0.1")
 
 
 def test_a_recipes_settings_are_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

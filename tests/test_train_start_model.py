@@ -13,10 +13,9 @@ from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.files import read_json, sha256_of
 from brainldm.base.volume import Grid
 from brainldm.model.folder import load_latent_diffusion
-from brainldm.nets.atlas import AtlasAutoencoderConfig
 from brainldm.train.checkpoint import load_newest
 from brainldm.train.run import train
-from conftest import tiny_recipe, write_tiny_cohort
+from conftest import TINY_ATLASES, tiny_recipe, write_tiny_cohort
 
 
 def test_a_step_that_learns_nothing_leaves_the_other_model_s_weights(
@@ -69,12 +68,17 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     with pytest.raises(UsageError, match=r"U-Net .*channels: \(16, 32\) there, \(16, 48\) in the recipe") as refused:
         train(wider, tiny_cohort, out, start_from=tiny_run)
     assert "recipe tiny" in str(refused.value)
-    atlas = replace(recipe.autoencoder, net=AtlasAutoencoderConfig(grid_XYZ=(16, 24, 16)))
+    atlas = replace(recipe.autoencoder, net=TINY_ATLASES)
     with pytest.raises(UsageError, match="AutoencoderConfig there, AtlasAutoencoderConfig in the recipe"):
         train(replace(recipe, autoencoder=atlas), tiny_cohort, out, start_from=tiny_run)
-    flow = replace(recipe, diffusion=replace(recipe.diffusion, target="flow"))
-    with pytest.raises(UsageError, match="learnt with target eps, recipe 'tiny' has flow"):
-        train(flow, tiny_cohort, out, start_from=tiny_run)
+    for change, told in (
+        ({"target": "flow"}, "learnt with target eps, recipe 'tiny' has flow"),
+        ({"schedule_steps": 100}, "learnt with schedule .*steps=1000, .*steps=100"),
+        ({"covariate_scaling": "equalised"}, "learnt with covariate_scaling min_max"),
+    ):
+        other = replace(recipe, diffusion=replace(recipe.diffusion, **change))
+        with pytest.raises(UsageError, match=told):
+            train(other, tiny_cohort, out, start_from=tiny_run)
     grid = load_latent_diffusion(tiny_run).grid
     write_tiny_cohort(tmp_path / "longer", people=12, grid=Grid("longer", (16, 32, 16), grid.voxel_mm, grid.origin_mm))
     with pytest.raises(UsageError, match=r"have \(16, 24, 16\) voxels"):

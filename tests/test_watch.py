@@ -16,11 +16,11 @@ import torch
 
 from brainldm.base.describe import describe
 from brainldm.base.errors import BadInput, EnvironmentProblem, UsageError
+from brainldm.base.feeding import Feed, made_ahead
 from brainldm.base.files import lock_holder, locked_folder, read_json, sha256_of
 from brainldm.cli import _check_flags_of
 from brainldm.cohort.dataset import VolumeDataset
 from brainldm.train.batches import BatchOrder
-from brainldm.train.feeding import Feed, made_ahead
 from brainldm.train.loop import run_stage
 from brainldm.train.run import train
 from conftest import tiny_recipe

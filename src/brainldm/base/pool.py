@@ -100,7 +100,7 @@ class _Processes:
     def end(self) -> None:
         """Without waiting for what is running."""
         for child in set(multiprocessing.active_children()) - self._children_before:
-            child.terminate()
+            child.kill()  # they do not hear SIGTERM
         self.close()
 
 
@@ -147,7 +147,9 @@ def _as_finished(
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    # Ctrl-C, and what a scheduler sends to all processes of a job, are the parent's to handle.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

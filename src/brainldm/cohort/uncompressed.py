@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from brainldm.base.errors import BadInput, EnvironmentProblem, UsageError
+from brainldm.base.feeding import made_ahead
 from brainldm.base.files import locked_folder, make_folder, writing
 from brainldm.base.manifest import Manifest
 from brainldm.base.progress import Progress
@@ -66,7 +67,8 @@ def write_uncompressed(
     read: Callable[[int], np.ndarray],
     progress: Progress,
 ) -> UncompressedImages:
-    """The images of `split` in `folder`: those that are there, or written now, one after the other, by `read(index)`.
+    """The images of `split` in `folder`: those that are there, or written now, in order, by `read(index)`
+    (several at once).
 
     `sources` are the SHA-256 of the images' own files; `read` proves them and gives int16 (X, Y, Z).
     EnvironmentProblem where the disk has no room for all, before the first is written; where it becomes full later,
@@ -159,8 +161,8 @@ class _Made:
         progress.start("uncompressing images", len(self.sources), done)
         with writing(self.path), self.path.open("ab") as file:
             file.truncate(done * self.image_bytes)  # what a killed run wrote and did not list
-            for index in range(done, len(self.sources)):
-                stored_XYZ = read(index)
+            ahead = made_ahead(lambda position: read(done + position), len(self.sources) - done)
+            for index, stored_XYZ in enumerate(ahead, start=done):
                 file.write(stored_XYZ.astype("<i2").tobytes())
                 file.flush()
                 os.fsync(file.fileno())

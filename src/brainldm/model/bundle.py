@@ -26,13 +26,11 @@ from brainldm.base.files import atomic_path, locked_folder
 from brainldm.base.volume import GRIDS, Grid
 from brainldm.model.bundle_layout import Layout, autoencoder_config, layout_of, network_kind, renamed, unet_config
 from brainldm.model.description import (
-    AutoencoderDescription,
     CovariatesDescription,
     GridDescription,
     LatentDescription,
     LatentDiffusionDescription,
     ScheduleDescription,
-    UNetDescription,
 )
 from brainldm.model.folder import DESCRIPTION_NAME, load_latent_diffusion, save_model
 from brainldm.model.latent_diffusion import LatentDiffusion
@@ -358,8 +356,8 @@ def _description(
         raise ValueError(f"the U-Net is told {unet.context_features} covariates instead of {len(COVARIATES)}")
     return LatentDiffusionDescription(
         name="ukb-ldm" if version else "monai-import",
-        autoencoder=AutoencoderDescription(**vars(autoencoder)),
-        unet=UNetDescription(**vars(unet)),
+        autoencoder=autoencoder,
+        unet=unet,
         latent=LatentDescription(shape_CXYZ=latent_CXYZ, scale=1.0),
         covariates=CovariatesDescription(ranges=PAPER_RANGES.to_json()),
         grid=GridDescription.of(grid, network_x="right_to_left"),

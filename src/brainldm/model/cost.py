@@ -35,7 +35,7 @@ class Work:
 def work_of(description: LatentDiffusionDescription) -> Work:
     """Counted on networks without weights; a multiplication and an addition are two operations."""
     with torch.device("meta"):
-        unet, autoencoder = DiffusionUNet(description.unet.build()), build_autoencoder(description.autoencoder.build())
+        unet, autoencoder = DiffusionUNet(description.unet), build_autoencoder(description.autoencoder)
         config = unet.config
         latent = torch.empty(1, *description.latent.shape_CXYZ)
         joined = torch.empty(1, config.in_channels, *latent.shape[2:])

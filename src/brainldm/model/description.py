@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator, with_config
 
-from brainldm.base.covariates import COVARIATES, UNITS, CovariateModel, CovariateRanges, Covariates, conditions
+from brainldm.base.covariates import COVARIATES, UNITS, CovariateRanges, Covariates, conditions
+from brainldm.base.joint import CovariateModel
 from brainldm.base.volume import Grid
 from brainldm.diffusion.schedule import Schedule, rectified, scaled_linear
 from brainldm.model.response import LEAST_SLOPE, own_slopes, told_for
@@ -52,56 +53,9 @@ class ScheduleDescription(Strict):
         return scaled_linear(self.beta_start, self.beta_end, self.steps)
 
 
-class AutoencoderDescription(Strict):
-    in_channels: int = 1
-    latent_channels: int = 3
-    channels: tuple[int, ...] = (64, 128, 128, 128)
-    res_blocks: int = 2
-    norm_groups: int = 32
-    norm_eps: float = 1e-6
-    fold: int = 1
-
-    def build(self) -> AutoencoderConfig:
-        return AutoencoderConfig(**self.model_dump())
-
-
-class AtlasAutoencoderDescription(Strict):
-    grid_XYZ: tuple[int, int, int]
-    cell: int
-    latent_channels: int
-    channels: int
-    res_blocks: int
-    norm_groups: int
-    norm_eps: float = 1e-6
-    atlases: int
-    passes: int
-
-    def build(self) -> AtlasAutoencoderConfig:
-        return AtlasAutoencoderConfig(**self.model_dump())
-
-
-def describe_autoencoder(config: AnyAutoencoderConfig) -> AutoencoderDescription | AtlasAutoencoderDescription:
-    """What model.json says of an autoencoder of that config."""
-    if isinstance(config, AtlasAutoencoderConfig):
-        return AtlasAutoencoderDescription(**vars(config))
-    return AutoencoderDescription(**vars(config))
-
-
-class UNetDescription(Strict):
-    in_channels: int = 7
-    out_channels: int = 3
-    channels: tuple[int, ...] = (256, 512, 768)
-    attention: tuple[bool, ...] = (False, True, True)
-    head_channels: tuple[int, ...] = (0, 512, 768)
-    res_blocks: int = 2
-    context_features: int = 4
-    norm_groups: int = 32
-    norm_eps: float = 1e-6
-    covariates_in_time: bool = False
-    fold: int = 1
-
-    def build(self) -> UNetConfig:
-        return UNetConfig(**self.model_dump())
+# Of the networks model.json says what their own configurations say, as strictly.
+for _config in (AutoencoderConfig, AtlasAutoencoderConfig, UNetConfig):
+    with_config(ConfigDict(extra="forbid"))(_config)
 
 
 class LatentDescription(Strict):
@@ -257,8 +211,8 @@ class LatentDiffusionDescription(ModelDescription):
     """model.json of a latent diffusion model."""
 
     kind: Literal["latent_diffusion"] = "latent_diffusion"
-    autoencoder: AutoencoderDescription | AtlasAutoencoderDescription
-    unet: UNetDescription
+    autoencoder: AnyAutoencoderConfig
+    unet: UNetConfig
     schedule: ScheduleDescription = ScheduleDescription()
     target: Literal["eps", "v", "flow"] = "eps"
     latent: LatentDescription
@@ -271,7 +225,7 @@ class LatentDiffusionDescription(ModelDescription):
     @model_validator(mode="after")
     def _parts_fit(self) -> LatentDiffusionDescription:
         channels = self.autoencoder.latent_channels
-        downsampling = self.autoencoder.build().downsampling
+        downsampling = self.autoencoder.downsampling
         expected = (channels, *(n // downsampling for n in self.grid.shape_XYZ))
         if tuple(self.latent.shape_CXYZ) != expected:
             raise ValueError(f"latent shape {self.latent.shape_CXYZ} does not fit grid and autoencoder: {expected}")

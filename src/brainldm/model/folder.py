@@ -221,7 +221,7 @@ def load_autoencoder(
         )
     try:
         with torch.device("meta"):
-            autoencoder = build_autoencoder(description.autoencoder.build())
+            autoencoder = build_autoencoder(description.autoencoder)
     except ValueError as error:
         raise BadInput(str(error), remedy=_REMEDY, path=folder / DESCRIPTION_NAME, reason="architecture") from error
     _prove(folder / AUTOENCODER_NAME, description.weights.get(AUTOENCODER_NAME))
@@ -234,8 +234,8 @@ def _load_latent_diffusion(
 ) -> LatentDiffusion:
     try:
         with torch.device("meta"):
-            autoencoder = build_autoencoder(description.autoencoder.build())
-            unet = DiffusionUNet(description.unet.build())
+            autoencoder = build_autoencoder(description.autoencoder)
+            unet = DiffusionUNet(description.unet)
     except ValueError as error:
         raise BadInput(str(error), remedy=_REMEDY, path=folder / DESCRIPTION_NAME, reason="architecture") from error
     half: dict[str, set[str]] = {AUTOENCODER_NAME: set(), UNET_NAME: set()}

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from brainldm.base.covariates import CovariateModel, CovariateRanges, Covariates, covariates_array
+from brainldm.base.covariates import CovariateRanges, Covariates, covariates_array
+from brainldm.base.joint import CovariateModel
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.volume import Grid
 from brainldm.model.description import GanDescription

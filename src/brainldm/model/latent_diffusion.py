@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from brainldm.base.covariates import NOT_TOLD, CovariateModel, CovariateRanges, Covariates, volumes_array
+from brainldm.base.covariates import NOT_TOLD, CovariateRanges, Covariates, volumes_array
+from brainldm.base.joint import CovariateModel
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.volume import Grid
 from brainldm.diffusion.solvers import DEFAULT_SAMPLER, SAMPLERS, Denoise, Sampler

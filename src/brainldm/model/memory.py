@@ -60,7 +60,7 @@ def plan_memory(
     limit = int(held + _SHARE_OF_FREE * free) if limit_bytes is None else limit_bytes
     itemsize = 2 if precision == "bf16" else 4
     packs = precision == "bf16" and device.type == "cpu" and packing_works()
-    autoencoder, unet = description.autoencoder.build(), description.unet.build()
+    autoencoder, unet = description.autoencoder, description.unet
     grid_XYZ, latent_XYZ = description.grid.shape_XYZ, description.latent.shape_CXYZ[1:]
     numbers, largest = parameters(unet)
     unet_bytes = numbers * (2 if packs else 4)

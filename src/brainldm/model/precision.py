@@ -52,7 +52,7 @@ def choose_precision(name: str, device: torch.device, *, trained_side: int | Non
     if wrong_gradients:
         return "fp32"
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
@@ -77,4 +77,6 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     """The context in which a network runs in `precision`."""
     if precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    # Without torch's cache of rounded weights: one filled where no gradients are taken would (before torch 2.13) keep
+    # them from the passes after, and rounding weights anew costs next to nothing.
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)

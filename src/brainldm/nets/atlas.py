@@ -58,14 +58,14 @@ class AtlasAutoencoderConfig:
     latent, `channels` and `res_blocks` of the encoder and of the decoder, and how often the encoder compares."""
 
     grid_XYZ: tuple[int, int, int]
-    cell: int = 4
-    latent_channels: int = 4
-    channels: int = 64
-    res_blocks: int = 1
-    norm_groups: int = 8
+    cell: int
+    latent_channels: int
+    channels: int
+    res_blocks: int
+    norm_groups: int
+    atlases: int
+    passes: int
     norm_eps: float = 1e-6
-    atlases: int = 4
-    passes: int = 4
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid_XYZ", tuple(self.grid_XYZ))

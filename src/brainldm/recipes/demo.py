@@ -24,7 +24,14 @@ def demo() -> Recipe:
         name="demo",
         autoencoder=AutoencoderStageConfig(
             net=AtlasAutoencoderConfig(
-                grid_XYZ=(80, 112, 80), cell=4, latent_channels=4, channels=32, res_blocks=1, atlases=4, passes=4
+                grid_XYZ=(80, 112, 80),
+                cell=4,
+                latent_channels=4,
+                channels=32,
+                res_blocks=1,
+                norm_groups=8,
+                atlases=4,
+                passes=4,
             ),
             steps=3000,
             batch=2,

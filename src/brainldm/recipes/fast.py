@@ -28,7 +28,14 @@ def fast() -> Recipe:
         name="fast",
         autoencoder=AutoencoderStageConfig(
             net=AtlasAutoencoderConfig(
-                grid_XYZ=(160, 224, 160), cell=4, latent_channels=4, channels=64, res_blocks=2, atlases=4, passes=6
+                grid_XYZ=(160, 224, 160),
+                cell=4,
+                latent_channels=4,
+                channels=64,
+                res_blocks=2,
+                norm_groups=8,
+                atlases=4,
+                passes=6,
             ),
             steps=300_000,
             batch=2,

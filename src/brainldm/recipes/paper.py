@@ -13,7 +13,8 @@ def paper() -> Recipe:
 
     Architecture, schedule and target are those of the published bundle. Loss weights and rates are the ones that the
     same authors published for their sister projects, because the paper's supplement is not public: L1 + 0.002
-    perceptual + 0.005 least-squares adversarial + 1e-8 KL, Adam 5e-5 / 1e-4; Adam 2.5e-5 on the noise prediction.
+    perceptual + 0.005 least-squares adversarial + 1e-8 KL, Adam 5e-5 / 1e-4; Adam 2.5e-5 on the noise prediction,
+    without a moving average of the weights (`--set diffusion.ema_decay=0.999` takes one).
     The latent scale is measured (the bundle has none, that is 1). Augmented as theirs, flips included; latents of four
     views of each scan are kept, where they encode anew at every step.
 
@@ -35,6 +36,7 @@ def paper() -> Recipe:
             head_channels=(0, 512, 768),
             steps=250_000,  # 25 epochs of 40,000 scans, four at a time
             latent_views=4,
+            ema_decay=None,
             augmentation=PAPER_AUGMENTATION,
             checkpointing=True,
         ),

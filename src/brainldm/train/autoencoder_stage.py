@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from brainldm.base.feeding import Feed, made_ahead
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import stream
 from brainldm.cohort.dataset import VolumeDataset
@@ -28,7 +29,6 @@ from brainldm.train.batches import BatchOrder
 from brainldm.train.checkpoint import module_tensors, optimiser_tensors, restore_module, restore_optimiser
 from brainldm.train.config import AutoencoderStageConfig
 from brainldm.train.distributed import ALONE, Place, normalised_together
-from brainldm.train.feeding import Feed, made_ahead
 from brainldm.train.local_histogram import local_histogram_distance
 from brainldm.train.loop import learning_rate_factor
 from brainldm.train.perceptual import PerceptualDistance, perceptual_distance
@@ -231,10 +231,13 @@ class AutoencoderStage:
     def preview(self, path: Path) -> None:
         """Originals above, reconstructions below, of up to four people the network does not train on."""
         shown = self.validation if len(self.validation) else self.train
-        image = self._images(shown, list(range(min(4, len(shown)))))
-        rows = [image[:, 0].cpu().numpy(), self.reconstruct(image)[:, 0].cpu().numpy()]
+        originals, reconstructions = [], []
+        for index in range(min(4, len(shown))):  # one by one: a step's memory may be for one image
+            image = self._images(shown, [index])
+            originals.append(image[0, 0].cpu().numpy())
+            reconstructions.append(self.reconstruct(image)[0, 0].cpu().numpy())
         if self.place.leads:
-            save_rows(path, rows)
+            save_rows(path, [np.stack(originals), np.stack(reconstructions)])
 
     def validate(
         self,

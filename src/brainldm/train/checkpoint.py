@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 
 from brainldm.base.errors import BadInput
 from brainldm.base.files import sha256_of
-from brainldm.base.manifest import Manifest
+from brainldm.base.manifest import Manifest, is_intact
 from brainldm.model.tensors import write_tensors
+from brainldm.train.distributed import ALONE, Place
 from brainldm.train.sharding import for_checkpoint, laid_out_as
 
 KEEP = 2
@@ -53,17 +54,25 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     return path
 
 
-def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint whose bytes are those that were written; None when there is none at all.
+def load_newest(folder: Path, warn: Callable[[str], None], place: Place = ALONE) -> Checkpoint | None:
+    """The newest checkpoint whose bytes are those that were written; None when there is none at all. Of several
+    processes the leader proves it, and all map it.
 
-    Damaged ones are passed over with a warning; BadInput when there were some and all are damaged.
+    Damaged ones are passed over with a warning; BadInput when there were some and all are damaged, EnvironmentProblem
+    where processes do not see the same files.
     """
+    newest = place.from_leader(_newest_whole(folder, warn) if place.leads else None)
+    place.check_same(newest is None or newest.is_file(), "newest checkpoints")
+    return None if newest is None else _read(newest)
+
+
+def _newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
     listed = {record["index"]: record for record in Manifest(folder / "manifest.jsonl").records()}
     present = [record for _, record in sorted(listed.items(), reverse=True) if (folder / record["file"]).is_file()]
     for record in present:
         path = folder / record["file"]
-        if path.stat().st_size == record["bytes"] and sha256_of(path) == record["sha256"]:
-            return _read(path)
+        if is_intact(folder, record, full=True):
+            return path
         warn(f"{path.name} is damaged (its SHA-256 is not the one recorded); going back to the one before.")
     if present:
         raise BadInput(

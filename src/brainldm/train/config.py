@@ -9,7 +9,8 @@ from pydantic import Field
 
 from brainldm.nets.atlas import AnyAutoencoderConfig
 
-STAGES = ("autoencoder", "diffusion")
+StageName = Literal["autoencoder", "diffusion"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
 PerceptualName = Literal["random", "lpips-squeeze", "medicalnet", "encoder"]
 PERCEPTUAL_DISTANCES: tuple[PerceptualName, ...] = get_args(PerceptualName)
 
@@ -164,4 +165,6 @@ class Recipe:
     settings: tuple[str, ...] = ()
     seed: NotNegativeInt = 0
     checkpoint_minutes: Positive = 5.0
-    minutes_share: dict[str, float] = field(default_factory=lambda: {"autoencoder": 0.5, "diffusion": 0.5})
+    minutes_share: Annotated[dict[StageName, Share], Field(min_length=2)] = field(
+        default_factory=lambda: {"autoencoder": 0.5, "diffusion": 0.5}
+    )

@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from brainldm.base.covariates import CovariateModel, CovariateRanges, Covariates
+from brainldm.base.covariates import CovariateRanges, Covariates
+from brainldm.base.joint import CovariateModel
 from brainldm.base.volume import Grid
 from brainldm.cohort.dataset import VolumeDataset
-from brainldm.cohort.quality import Population, figures_of
+from brainldm.cohort.quality import UsualImages, figures_of
 from brainldm.model.description import (
     CovariatesDescription,
     GridDescription,
     LatentDescription,
     LatentDiffusionDescription,
-    ScheduleDescription,
-    UNetDescription,
-    describe_autoencoder,
 )
 from brainldm.train.batches import evenly_spread
 from brainldm.train.config import Recipe
-from brainldm.train.diffusion_stage import unet_config
+from brainldm.train.diffusion_stage import schedule_description, unet_config
 
 QUALITY_IMAGES = 300
 
@@ -33,14 +31,9 @@ def described(
     diffusion = recipe.diffusion
     return LatentDiffusionDescription(
         name=name,
-        autoencoder=describe_autoencoder(recipe.autoencoder.net),
-        unet=UNetDescription(**vars(unet_config(diffusion, latent.shape_CXYZ[0]))),
-        schedule=ScheduleDescription(
-            kind=diffusion.schedule,
-            beta_start=diffusion.beta_start,
-            beta_end=diffusion.beta_end,
-            steps=diffusion.schedule_steps,
-        ),
+        autoencoder=recipe.autoencoder.net,
+        unet=unet_config(diffusion, latent.shape_CXYZ[0]),
+        schedule=schedule_description(diffusion),
         target=diffusion.target,
         latent=latent,
         covariates=CovariatesDescription(
@@ -60,5 +53,5 @@ def quality_of(people: VolumeDataset) -> dict[str, Any] | None:
     few."""
     voxel_mm = people.cohort.grid.voxel_mm
     found = [figures_of(people.image_XYZ(index), voxel_mm) for index in evenly_spread(len(people), QUALITY_IMAGES)]
-    population = Population.fitted(figures for figures in found if figures is not None)
+    population = UsualImages.fitted(figures for figures in found if figures is not None)
     return None if population is None else population.to_json()

@@ -17,9 +17,10 @@ import torch
 from torch.nn import functional as F
 
 from brainldm.base.covariates import COVARIATES, NOT_TOLD, Covariates
+from brainldm.base.feeding import Feed
 from brainldm.base.streams import stream
-from brainldm.diffusion.schedule import Schedule, rectified, scaled_linear
 from brainldm.diffusion.target import training_pair
+from brainldm.model.description import ScheduleDescription
 from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.model.latent_population import LatentPopulation
 from brainldm.model.precision import autocast
@@ -30,7 +31,6 @@ from brainldm.train.batches import BatchOrder
 from brainldm.train.checkpoint import module_tensors, optimiser_tensors, restore_module, restore_optimiser
 from brainldm.train.config import DiffusionStageConfig
 from brainldm.train.distributed import ALONE, Place
-from brainldm.train.feeding import Feed
 from brainldm.train.latents import Latents
 from brainldm.train.loop import learning_rate_factor
 from brainldm.train.pictures import save_rows
@@ -53,10 +53,11 @@ def unet_config(config: DiffusionStageConfig, latent_channels: int) -> UNetConfi
     )
 
 
-def stage_schedule(config: DiffusionStageConfig) -> Schedule:
-    if config.schedule == "rectified":
-        return rectified(config.schedule_steps)
-    return scaled_linear(config.beta_start, config.beta_end, config.schedule_steps)
+def schedule_description(config: DiffusionStageConfig) -> ScheduleDescription:
+    """The noise schedule of a stage, as its model will say."""
+    return ScheduleDescription(
+        kind=config.schedule, beta_start=config.beta_start, beta_end=config.beta_end, steps=config.schedule_steps
+    )
 
 
 def draw_timesteps(draws: np.random.Generator, config: DiffusionStageConfig, count: int) -> np.ndarray:
@@ -109,7 +110,7 @@ class DiffusionStage:
         self.place, self.sharded = place, sharded
         self.condition_NF = torch.from_numpy(condition_NF)
         self.steps, self.seed, self.device, self.precision = config.steps, seed, device, precision
-        self.schedule = stage_schedule(config)
+        self.schedule = schedule_description(config).build()
         batch = min(config.batch, len(names))
         self.order, share = BatchOrder(seed, len(names), batch), place.share(batch)
         self.feed = Feed(lambda step: self._batch(step, share), config.steps)

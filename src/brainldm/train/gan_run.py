@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 import brainldm
-from brainldm.base.covariates import CovariateModel, CovariateRanges, covariates_array
+from brainldm.base.covariates import CovariateRanges, covariates_array
 from brainldm.base.errors import UsageError
 from brainldm.base.files import locked_folder
+from brainldm.base.joint import CovariateModel
 from brainldm.base.progress import Progress, Quiet
 from brainldm.cohort.dataset import PreparedCohort, VolumeDataset, check_trainable
 from brainldm.model.description import (

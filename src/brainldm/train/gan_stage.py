@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from brainldm.base.feeding import Feed
 from brainldm.base.streams import stream
 from brainldm.cohort.dataset import VolumeDataset
 from brainldm.model.precision import autocast
@@ -22,7 +23,6 @@ from brainldm.nets.gan import GanConfig, GanDiscriminator, GanEncoder, GanGenera
 from brainldm.train.batches import BatchOrder
 from brainldm.train.checkpoint import module_tensors, optimiser_tensors, restore_module, restore_optimiser
 from brainldm.train.config import GanStageConfig
-from brainldm.train.feeding import Feed
 from brainldm.train.pictures import save_rows
 from brainldm.train.sharding import clip_gradients
 

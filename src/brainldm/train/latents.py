@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from brainldm.base.feeding import made_ahead
 from brainldm.base.files import read_json, write_json
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import stream
@@ -25,7 +26,6 @@ from brainldm.nets.atlas import AnyAutoencoder
 from brainldm.train.augment import Change, changed, draw_change
 from brainldm.train.config import NO_AUGMENTATION, Augmentation
 from brainldm.train.distributed import ALONE, Place
-from brainldm.train.feeding import made_ahead
 from brainldm.train.parts import Parts, kept_in_parts
 
 

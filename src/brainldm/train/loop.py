@@ -22,12 +22,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from brainldm.base.errors import BadInput, BrainldmError, UsageError
+from brainldm.base.feeding import Feed
 from brainldm.base.files import make_folder, write_json, write_text, writing
 from brainldm.base.progress import Progress, Quiet
 from brainldm.model.tensors import write_tensors
 from brainldm.train.checkpoint import Checkpoint, drop_newer, load_newest, save_checkpoint
 from brainldm.train.distributed import ALONE, Place
-from brainldm.train.feeding import Feed
 from brainldm.train.pace import Pace
 from brainldm.train.tensorboard import Board
 
@@ -112,14 +112,19 @@ def run_stage(
     several processes (`place`), when another one ends.
     """
     checkpoints = folder / "checkpoints"
-    found = load_newest(checkpoints, warn=warn_of_checkpoints)
-    place.check_same(None if found is None else found.step, "newest checkpoints")
+    found = load_newest(checkpoints, warn_of_checkpoints, place)
     done, seconds_before = 0, 0.0
     if found is None:
         if isinstance(stage, Begins):
             stage.begin()
     else:
         _check_facts(stage, found, folder)
+        if found.step > stage.steps:
+            raise UsageError(
+                f"{stage.steps} steps were asked for, and this run has made {found.step}.",
+                remedy=f"Ask for {found.step} or more, or use another --out.",
+                path=folder,
+            )
         stage.restore(found.tensors)
         done, seconds_before = found.step, found.seconds
         if place.leads:
@@ -130,7 +135,7 @@ def run_stage(
     progress.start(f"training {stage.name}", stage.steps, done)
 
     begun = saved_at = time.monotonic()
-    first_save = found is None
+    first_save, saved = found is None, None if found is None else done
     with asked_to_end() if asked is None else nullcontext(asked) as asked:
         while done < stage.steps:
             elapsed = seconds_before + time.monotonic() - begun
@@ -150,6 +155,7 @@ def run_stage(
             due, ends = place.anywhere(due, bool(asked))
             if due or ends:
                 _save(stage, checkpoints, done, seconds_before + time.monotonic() - begun, log, place)
+                saved = done
             if ends:
                 raise Terminated(
                     f"asked to end after step {done} of {stage.steps}; the state is saved.",
@@ -160,7 +166,7 @@ def run_stage(
                 stage.preview(folder / "previews" / f"step-{done:08d}.png")
                 saved_at, first_save = time.monotonic(), False  # after the preview, which takes its time too
     seconds = seconds_before + time.monotonic() - begun
-    if found is None or done > found.step:
+    if saved is None or done > saved:
         _save(stage, checkpoints, done, seconds, log, place)
         stage.preview(folder / "previews" / f"step-{done:08d}.png")
     summary = {

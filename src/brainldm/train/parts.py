@@ -62,7 +62,7 @@ def kept_in_parts(
         for start in range(0, len(items), PART_LENGTH)
     }
     if place.leads:
-        for path in folder.glob("*.safetensors"):
+        for path in folder.glob("[!.]*.safetensors"):
             if path not in parts:
                 path.unlink()
     first, end = (rank * len(parts) // place.processes for rank in (place.rank, place.rank + 1))

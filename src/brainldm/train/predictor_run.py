@@ -22,6 +22,7 @@ from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import stream
 from brainldm.cohort.dataset import PreparedCohort, VolumeDataset, check_trainable
 from brainldm.cohort.predictor import Predictor, Target, write_predictor
+from brainldm.cohort.split import HELD_OUT
 from brainldm.model.precision import choose_device, choose_precision
 from brainldm.nets.cole import ColeConfig
 from brainldm.train.config import PredictorConfig
@@ -112,7 +113,7 @@ def _check_varied(people: VolumeDataset, target: Target) -> None:
 def held_out_figures(stage: PredictorStage, cohort: PreparedCohort, seed: int) -> dict[str, Any]:
     """How well it does on the people it has not seen (validation and test), with 95 % bootstrap intervals over people:
     r and mean absolute error of age, or the area under the curve of sex. None where there are too few to say."""
-    sets = [VolumeDataset(cohort, split) for split in ("validation", "test")]
+    sets = [VolumeDataset(cohort, split) for split in HELD_OUT]
     known = np.array([getattr(row, stage.target) for people in sets for row in people.covariates], dtype=float)
     found = np.concatenate([stage.predictions(people) for people in sets])
     figures: dict[str, Any] = {"n": len(known), "seed": seed}

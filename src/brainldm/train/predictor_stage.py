@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from brainldm.base.feeding import Feed
 from brainldm.base.streams import stream
 from brainldm.cohort.dataset import VolumeDataset
 from brainldm.cohort.predictor import Target
@@ -21,7 +22,6 @@ from brainldm.nets.cole import ColeConfig, ColeNet
 from brainldm.train.batches import BatchOrder
 from brainldm.train.checkpoint import module_tensors, optimiser_tensors, restore_module, restore_optimiser
 from brainldm.train.config import PredictorConfig
-from brainldm.train.feeding import Feed
 from brainldm.train.loop import learning_rate_factor
 from brainldm.train.sharding import clip_gradients
 

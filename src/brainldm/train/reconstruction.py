@@ -25,7 +25,7 @@ from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import stream
 from brainldm.base.tables import write_table
 from brainldm.cohort.dataset import PreparedCohort, VolumeDataset
-from brainldm.cohort.split import SPLITS
+from brainldm.cohort.split import HELD_OUT, SPLITS
 from brainldm.model.description import AUTOENCODER_NAME
 from brainldm.model.folder import load_autoencoder
 from brainldm.model.precision import autocast, choose_device, choose_precision
@@ -210,7 +210,7 @@ def reconstruct_cohort(
     split. UsageError where the split is empty or the model is of another grid.
     """
     cohort = PreparedCohort.open(data)
-    wanted = {"held-out": ("validation", "test"), "all": SPLITS}.get(split, (split,))
+    wanted = {"held-out": HELD_OUT, "all": SPLITS}.get(split, (split,))
     sets = [VolumeDataset(cohort, name, cache_bytes=0) for name in SPLITS if name in wanted]
     people = [(one, index) for one in sets for index in range(len(one))[:most]]
     if not people:

@@ -17,14 +17,15 @@ _BEFORE_IT_WAS_RECORDED: dict[str, Any] = {
     "recipe.autoencoder.perceptual": "random",
     "recipe.autoencoder.local_histogram_weight": 0.0,
     "recipe.diffusion.volume_reader": False,
-    "recipe.settings": [],
     "perceptual_weights_sha256": [],
 }
+# More steps; what takes memory or time and leaves the result; and settings, whose outcome is compared itself.
+_MAY_CHANGE = ("steps", "checkpointing", "checkpoint_minutes", "minutes_share", "settings")
 
 
 def record_run(out: Path, wanted: dict[str, Any]) -> None:
     """Writes run.json: `wanted` and the versions; UsageError where `out` holds another run, or things that are none.
-    The number of steps may grow."""
+    What does not change the result may change, and the number of steps."""
     path = out / "run.json"
     if path.is_file():
         different = _differences(read_json(path), wanted)
@@ -41,12 +42,12 @@ def record_run(out: Path, wanted: dict[str, Any]) -> None:
 
 
 def _differences(recorded: Any, wanted: Any, where: str = "") -> list[str]:
-    """Which fields of two run descriptions differ, with both values. The number of steps may grow, so it is left out;
-    JSON knows no tuples, so lists and tuples are one."""
+    """Which fields of two run descriptions differ, with both values, but those that a run may change. JSON knows no
+    tuples, so lists and tuples are one."""
     if isinstance(wanted, dict) and isinstance(recorded, dict):
         texts = []
         for key in wanted:
-            if key != "steps":
+            if key not in _MAY_CHANGE:
                 place = f"{where}.{key}".lstrip(".")
                 before = recorded.get(key, _BEFORE_IT_WAS_RECORDED.get(place))
                 texts += _differences(before, wanted[key], place)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -39,7 +40,7 @@ from brainldm.train.autoencoder_stage import AutoencoderStage
 from brainldm.train.checkpoint import load_newest
 from brainldm.train.config import STAGES, AutoencoderStageConfig, Recipe
 from brainldm.train.describe_model import described, quality_of
-from brainldm.train.diffusion_stage import DiffusionStage, stage_schedule, unet_config
+from brainldm.train.diffusion_stage import DiffusionStage, schedule_description, unet_config
 from brainldm.train.distributed import ALONE, Place, check_divides, together
 from brainldm.train.kept_volumes import kept_volumes
 from brainldm.train.latents import Latents, distributions, encode_cohort
@@ -151,7 +152,7 @@ class _Run:
         self.place, self.shard = place, shard
         try:
             unet = unet_config(recipe.diffusion, recipe.autoencoder.net.latent_channels)
-            stage_schedule(recipe.diffusion)
+            schedule_description(recipe.diffusion).build()
         except ValueError as error:
             raise UsageError(
                 f"no stage 2 can be made of recipe {recipe.name!r}: {error}.",
@@ -216,9 +217,24 @@ class _Run:
             "device": self.device.type,
             "started_from": self.start_facts,
         }
+        self.place.check_same(description, "recipes, cohorts or precisions")
         if self.place.leads:
+            self._warn_of_learning_rates_that_rise(stages)
             record_run(self.out, description)
         self.place.wait()
+
+    def _warn_of_learning_rates_that_rise(self, stages: Sequence[str]) -> None:
+        """Where a run that goes on is made longer than its learning rate was falling over."""
+        path = self.out / "run.json"
+        recorded = read_json(path).get("recipe", {}) if path.is_file() else {}
+        for name in stages:
+            config, before = getattr(self.recipe, name), recorded.get(name, {}).get("steps", math.inf)
+            if config.cosine_decay and config.steps > before and (self.out / name / "checkpoints").is_dir():
+                print(  # noqa: T201
+                    f"warning: the {name}'s learning rate was falling over {before} steps. Over {config.steps} it is "
+                    "higher again from here on, and the loss rises at first.",
+                    file=sys.stderr,
+                )
 
     @property
     def start_facts(self) -> dict[str, str] | None:
@@ -303,7 +319,7 @@ class _Run:
             )
         # Its perceptual distance is left out: it is not trained.
         stage = self._autoencoder_stage(replace(self.recipe.autoencoder, perceptual_weight=0.0), ALONE, sharded=False)
-        checkpoint = load_newest(self.out / "autoencoder" / "checkpoints", warn=warn_of_checkpoints)
+        checkpoint = load_newest(self.out / "autoencoder" / "checkpoints", warn_of_checkpoints, self.place)
         summary = read_json(summary_path)
         if checkpoint is None or checkpoint.step != summary["steps"]:
             raise UsageError(
@@ -334,7 +350,7 @@ class _Run:
             place=self.place,
             progress=self.progress,
         )
-        scale = config.latent_scale or 1.0 / latents.std
+        scale = 1.0 / latents.std if config.latent_scale is None else config.latent_scale
         people = self._covariates_of(latents, autoencoder, key)
         description = self._description(latents, scale, {})
         condition_NF = description.covariates.conditions(people)

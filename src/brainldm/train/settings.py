@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from brainldm.base.errors import UsageError
 
 Config = TypeVar("Config")
+_IDENTITY = ("name", "kind", "settings")  # what a recipe or a baseline is, not a value of it
 
 
 def with_settings(config: Config, settings: Sequence[str]) -> Config:
@@ -28,7 +29,7 @@ def with_settings(config: Config, settings: Sequence[str]) -> Config:
 
 
 def _changed(config: Any, name: str, path: list[str], text: str) -> Any:
-    known = [field.name for field in fields(config)] if is_dataclass(config) else []
+    known = [field.name for field in fields(config) if field.name not in _IDENTITY] if is_dataclass(config) else []
     if path[0] not in known:
         told = f"Names there: {', '.join(known)}." if known else "It holds no names."
         raise UsageError(f"there is no setting {name!r}.", remedy=f"{told} --dry-run prints them all.")

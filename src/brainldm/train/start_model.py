@@ -14,7 +14,7 @@ from brainldm.model.description import LatentDiffusionDescription
 from brainldm.model.folder import load_latent_diffusion
 from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.train.config import Recipe
-from brainldm.train.diffusion_stage import unet_config
+from brainldm.train.diffusion_stage import schedule_description, unet_config
 
 
 def start_model(folder: Path, recipe: Recipe, grid: Grid) -> LatentDiffusion:
@@ -24,7 +24,7 @@ def start_model(folder: Path, recipe: Recipe, grid: Grid) -> LatentDiffusion:
     theirs = model.description
     net = recipe.autoencoder.net
     ours = {"autoencoder": net, "U-Net": unet_config(recipe.diffusion, net.latent_channels)}
-    of_model = {"autoencoder": theirs.autoencoder.build(), "U-Net": theirs.unet.build()}
+    of_model = {"autoencoder": theirs.autoencoder, "U-Net": theirs.unet}
     for name, config in ours.items():
         if config != of_model[name]:
             raise UsageError(
@@ -36,7 +36,8 @@ def start_model(folder: Path, recipe: Recipe, grid: Grid) -> LatentDiffusion:
     diffusion = recipe.diffusion
     means = {
         "target": (theirs.target, diffusion.target),
-        "schedule": (theirs.schedule.kind, diffusion.schedule),
+        "schedule": (theirs.schedule, schedule_description(diffusion)),
+        "covariate_scaling": (theirs.covariates.scaling, diffusion.covariate_scaling),
         "latent_population": (theirs.latent.by_population, diffusion.latent_population),
     }
     for name, (there, here) in means.items():
