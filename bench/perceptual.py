@@ -28,6 +28,7 @@ from brainldm.base.progress import shown_progress
 from brainldm.base.streams import stream
 from brainldm.cohort.dataset import PreparedCohort, VolumeDataset
 from brainldm.cohort.quality import FIGURES, figures_of
+from brainldm.cohort.split import HELD_OUT
 from brainldm.evaluate.estimate import mean
 from brainldm.model.folder import load_autoencoder
 from brainldm.nets.atlas import AnyAutoencoder
@@ -44,7 +45,7 @@ COMPARED = ("psnr_db", "ssim", "ms_ssim", "sharpness_kept")
 
 def people_of(cohort: PreparedCohort) -> list[torch.Tensor]:
     """Images (1, 1, X, Y, Z) of everybody held out."""
-    sets = [VolumeDataset(cohort, split) for split in ("validation", "test")]
+    sets = [VolumeDataset(cohort, split) for split in HELD_OUT]
     return [torch.from_numpy(one.image_XYZ(i).copy())[None, None] for one in sets for i in range(len(one))]
 
 

@@ -24,9 +24,11 @@ from brainldm.base.errors import (
 from brainldm.base.files import (
     PART_PREFIX,
     atomic_path,
+    check_output_apart,
     locked_folder,
     make_folder,
     read_json,
+    read_json_object,
     remove_stale_parts,
     sha256_of,
     write_json,
@@ -136,6 +138,15 @@ def test_a_file_where_a_folder_must_be_is_wrong_use(tmp_path: Path) -> None:
             make_folder(path)
 
 
+def test_what_is_read_is_not_written_to(tmp_path: Path) -> None:
+    study = tmp_path / "a" / "study"
+    for out in (study, tmp_path / "a", study / "out", study / "derivatives", study / ".." / "study" / "x"):
+        with pytest.raises(UsageError, match="only read"):
+            check_output_apart(out, tmp_path / "other", study)
+    for out in (tmp_path / "b", tmp_path / "a" / "study2", study / "derivatives" / "brainldm"):
+        check_output_apart(out, study)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_one_may_not_write_to_is_an_environment_problem(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
@@ -157,6 +168,17 @@ def test_json_round_trip_and_its_faults(tmp_path: Path) -> None:
         assert caught.value.path == path
     with pytest.raises(BadInput):
         read_json(tmp_path / "none.json")
+
+
+def test_an_object_is_demanded_with_its_keys(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"n": 2, "name": "x"})
+    assert read_json_object(path, n=int, name=str) == {"n": 2, "name": "x"}
+    for content, told in (([], "no JSON object"), ({}, "'n' is missing"), ({"n": "2"}, "'n' is missing or of another")):
+        write_json(path, content)
+        with pytest.raises(BadInput, match=told) as caught:
+            read_json_object(path, n=int)
+        assert caught.value.path == path
 
 
 def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
@@ -185,6 +207,8 @@ def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:
     assert sorted(manifest.proven(tmp_path)) == [2, 3]
     assert sorted(manifest.proven(tmp_path, full=True)) == [3]
     manifest.append(**finished(tmp_path, 0, b"again"))
+    manifest.append(index=0)
+    manifest.append(index=5, file="5.bin", bytes="12", sha256="")
     assert manifest.proven(tmp_path, full=True)[0]["bytes"] == 5
 
 

@@ -58,16 +58,21 @@ def test_help_imports_nothing_heavy() -> None:
         (["prepare", "{tmp}/nowhere", "{tmp}/out"], 3, "nowhere"),
         (["train", "demo", "--data", "{tmp}", "--out", "{tmp}/out"], 3, "no prepared cohort"),
         (["info", "{tmp}"], 3, "nothing that brainldm makes or reads"),
-        (["report", "{tmp}/nowhere"], 3, "nowhere"),
         (["phantom", "{tmp}/out", "--grid", "3mm"], 2, "no grid is named '3mm'"),
     ],
 )
 def test_what_goes_wrong_is_said_and_has_its_code(arguments: list[str], code: int, told: str, tmp_path: Path) -> None:
-    result = run(*(argument.format(tmp=tmp_path) for argument in arguments))
+    result = call(*(argument.format(tmp=tmp_path) for argument in arguments))
     assert result.returncode == code, result.stderr
     assert told in result.stderr + result.stdout
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_process_ends_with_the_code(tmp_path: Path) -> None:
+    result = run("report", tmp_path / "nowhere")
+    assert result.returncode == 3, result.stderr
+    assert "nowhere" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
@@ -151,7 +156,7 @@ def test_ctrl_c_exits_130_and_the_same_command_goes_on(tiny_run: Path, tmp_path:
         [sys.executable, "-c", interrupted, *map(str, command)], capture_output=True, text=True, timeout=120
     )
     assert stopped.returncode == 130, stopped.stderr
-    assert "Traceback" not in stopped.stderr
+    assert "Traceback" not in stopped.stderr and "the same command goes on with the rest" in stopped.stderr
     finished = call(*command)
     assert finished.returncode == 0, finished.stderr
     assert "3 brains made, 1 were there" in finished.stdout

@@ -17,19 +17,16 @@ from brainldm.base.covariates import (
     MALE,
     NOT_TOLD,
     PAPER_RANGES,
-    CovariateModel,
     CovariateRanges,
     Covariates,
-    Marginal,
     conditions,
     covariates_array,
     implausible,
-    parse_age,
-    parse_sex,
-    parse_volume,
     sex_code,
 )
 from brainldm.base.errors import BadInput, UsageError
+from brainldm.base.joint import CovariateModel, Marginal
+from brainldm.base.quantities import parse_age, parse_sex, parse_volume
 from brainldm.base.streams import stream
 from brainldm.cohort.split import SPLITS, assign_splits, moved_people, split_of
 

@@ -22,7 +22,6 @@ from brainldm.cohort.dataset import (
     VolumeDataset,
     check_trainable,
     data_order,
-    grid_from_json,
 )
 from brainldm.cohort.normalise import background_at_zero, is_masked, unit_range
 from brainldm.cohort.split import Split
@@ -186,7 +185,7 @@ def edited(cohort: Path, old: str, new: str) -> None:
 
 
 def test_grids_survive_json() -> None:
-    assert grid_from_json(GRID.to_json()) == GRID
+    assert Grid.from_json(GRID.to_json()) == GRID
 
 
 def test_the_order_of_data_is_two_numbers() -> None:

@@ -71,7 +71,7 @@ def in_place(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def register(scan, brain_mask=None, *, aligned=False):  # type: ignore[no-untyped-def]
         registered.append("aligned" if aligned else "rigid")
-        return Registration(np.eye(4), np.eye(4), {"correlation": 0.9, "seconds": time.monotonic()}, "in place")
+        return Registration(np.eye(4), np.eye(4), {"correlation": 0.9}, "in place")
 
     @dataclass
     class Measure:
@@ -501,8 +501,9 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path, in_place
 def test_the_study_itself_is_no_output(tmp_path: Path, in_place: list[str]) -> None:
     study = write_study(tmp_path / "a" / "balls", 3)
     before = contents(tmp_path)
-    for out in (study, tmp_path / "a", study / ".." / "balls"):
-        with pytest.raises(UsageError, match="over the study"):
+    inside = (study / "out", study / "sub-00" / "out", study / "derivatives")
+    for out in (study, tmp_path / "a", study / ".." / "balls", *inside):
+        with pytest.raises(UsageError, match="over or in"):
             prepare_study(study, out, CONFIG)
     assert contents(tmp_path) == before
     assert prepare_study(study, study / "derivatives" / "brainldm", CONFIG).people == 3
@@ -701,6 +702,30 @@ def test_one_scan_under_two_ids_is_found(strict: bool, tmp_path: Path, in_place:
         prepare_study(study, out, config)
     assert {row["reason"] for row in table(out, "failures.tsv").values()} == {"duplicate"}
     assert sorted(table(out)) == ["sub-01", "sub-02", "sub-03", "sub-09", "sub-10", "sub-11"]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_one_scan_under_two_ids_is_found_however_its_voxels_are_scaled(
+    strict: bool, tmp_path: Path, in_place: list[str]
+) -> None:
+    """The raw voxels differ and the prepared images do not; sub-08 has the voxels of sub-07, elsewhere."""
+    study, out = write_study(tmp_path / "balls", 9), tmp_path / "out"
+    head = np.rint(1000 * (0.01 + brain(0)))  # no masked one: its background is no 0
+    moved = GRID.affine.copy()
+    moved[0, 3] += 20
+    for index, (data, affine) in enumerate([(head, GRID.affine), (head - 1000, GRID.affine), (2 * head, moved)]):
+        for twin in (index,) if index < 2 else (7, 8):
+            path = study / f"sub-{twin:02d}/anat/sub-{twin:02d}_T1w.nii.gz"
+            write_nifti(path, data, GRID.affine if twin == 7 else affine)
+    if strict:
+        with pytest.raises(PartialFailure):
+            prepare_study(study, out, PrepareConfig(grid="4mm", strict=True))
+        assert sorted(table(out, "failures.tsv")) == ["sub-00", "sub-01", "sub-07", "sub-08"]
+        return
+    assert prepare_study(study, out, CONFIG).flagged == 4
+    quality, splits = table(out, "quality.tsv"), table(out)
+    assert "same image as sub-00, sub-07, sub-08" in quality["sub-01"]["notes"]
+    assert len({splits[f"sub-{i:02d}"]["split"] for i in (0, 1, 7, 8)}) == 1
 
 
 def test_a_poor_registration_is_flagged(tmp_path: Path, in_place: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 from brainldm.base.errors import BadInput, PartialFailure, UsageError
 from brainldm.base.streams import stream
 from brainldm.base.tables import read_table
-from brainldm.cohort.quality import FIGURES, Population, figures_of
+from brainldm.cohort.quality import FIGURES, UsualImages, figures_of
 from brainldm.generate.plan import make_plan
 from brainldm.generate.run import GenerateSettings, generate
 from brainldm.model.folder import load_model
@@ -31,13 +31,13 @@ def brain(index: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def population() -> Population:
-    found = Population.fitted(figures_of(brain(index), 8.0) for index in range(40))  # type: ignore[misc]
+def population() -> UsualImages:
+    found = UsualImages.fitted(figures_of(brain(index), 8.0) for index in range(40))  # type: ignore[misc]
     assert found is not None
     return found
 
 
-def test_members_pass_and_broken_images_do_not(population: Population) -> None:
+def test_members_pass_and_broken_images_do_not(population: UsualImages) -> None:
     objections = [population.objection(figures_of(brain(index), 8.0)) for index in range(100, 160)]
     assert sum(map(bool, objections)) <= 2
     good = brain(200)
@@ -51,21 +51,21 @@ def test_members_pass_and_broken_images_do_not(population: Population) -> None:
 
 
 @pytest.mark.parametrize("nothing", [np.zeros(SHAPE_XYZ), np.full(SHAPE_XYZ, np.nan), np.full(SHAPE_XYZ, np.inf)])
-def test_images_of_nothing_have_no_figures(population: Population, nothing: np.ndarray) -> None:
+def test_images_of_nothing_have_no_figures(population: UsualImages, nothing: np.ndarray) -> None:
     assert figures_of(nothing, 8.0) is None
     assert "not finite, or no head" in population.objection(None)
 
 
-def test_too_few_people_make_no_population(population: Population) -> None:
-    assert Population.fitted(figures_of(brain(index), 8.0) for index in range(19)) is None  # type: ignore[misc]
-    assert Population.from_json(population.to_json()) == population
+def test_too_few_people_make_no_population(population: UsualImages) -> None:
+    assert UsualImages.fitted(figures_of(brain(index), 8.0) for index in range(19)) is None  # type: ignore[misc]
+    assert UsualImages.from_json(population.to_json()) == population
     for damage in ({"mean": [1.0]}, {"figures": ["other"]}, {"threshold": "far"}):
         with pytest.raises(BadInput, match="damaged or incomplete"):
-            Population.from_json(population.to_json() | damage)
+            UsualImages.from_json(population.to_json() | damage)
 
 
 def test_a_gate_draws_again_and_says_what_it_could_not_make(
-    tiny_run: Path, tmp_path: Path, population: Population
+    tiny_run: Path, tmp_path: Path, population: UsualImages
 ) -> None:
     """A model of six steps makes no brain: all are rejected, each with its reason, and nothing is written for them."""
     model = load_model(tiny_run)

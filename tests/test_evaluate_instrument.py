@@ -81,6 +81,37 @@ def test_people_are_matched_with_and_without_sub_and_by_session(tiny_cohort: Pat
         check_instrument(study, tmp_path / "out", against="v", instrument=Sum())
 
 
+def test_two_values_of_one_person_are_told_by_line_and_sessions_apart(tiny_cohort: Path, tmp_path: Path) -> None:
+    study, scans = tmp_path / "study", sorted(tiny_cohort.rglob("*_T1w.nii.gz"))
+    for i in (1, 2):
+        (study / "sub-0" / f"ses-{i}").mkdir(parents=True)
+        (study / "sub-0" / f"ses-{i}" / f"sub-0_ses-{i}_T1w.nii.gz").symlink_to(scans[i])
+    rows = [{"participant_id": name, "session_id": i, "v": v} for name, i, v in (("sub-0", 1, 5), ("0", "ses-2", 6))]
+    write_table(study / "participants.tsv", ("participant_id", "v"), rows)
+    with pytest.raises(BadInput, match=r"line 3, column 'v': '6' is not what line 2 says"):
+        check_instrument(study, tmp_path / "out", against="v", instrument=Sum())
+    write_table(study / "participants.tsv", ("participant_id", "v"), [rows[0], rows[0]])
+    check_instrument(study, tmp_path / "out", against="v", instrument=Sum())
+    write_table(study / "participants.tsv", ("participant_id", "session_id", "v"), rows)
+    check_instrument(study, tmp_path / "out", against="v", instrument=Sum())
+    found = read_table(tmp_path / "out" / "measured.tsv")
+    assert [found.number(row, "v") for row in range(2)] == [5, 6]
+
+
+def test_the_study_is_only_read(tiny_cohort: Path, tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    (study / "sub-0").mkdir(parents=True)
+    (study / "sub-0" / "sub-0_T1w.nii.gz").symlink_to(next(tiny_cohort.rglob("*_T1w.nii.gz")))
+    before = sorted(study.rglob("*"))
+    for out in (study, study / "sub-0", study / "out", study / "derivatives", tmp_path):
+        with pytest.raises(UsageError, match="only read"):
+            check_instrument(study, out, instrument=Sum())
+    with pytest.raises(UsageError, match="0 workers"):
+        check_instrument(study, tmp_path / "out", instrument=Sum(), workers=0)
+    assert sorted(study.rglob("*")) == before
+    assert check_instrument(study, study / "derivatives" / "measured", instrument=Sum()).measured == 1
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_ventricles_of_real_people_against_manual_labels(real_data: Path, tmp_path: Path) -> None:

@@ -29,14 +29,23 @@ def people(n: int, seed: int, **shift: float) -> list[dict[str, float]]:
 
 
 def test_a_region_that_differs_is_found_and_sized() -> None:
-    found = morphometry(people(60, 1, thalamus=300), people(80, 2), 0)
+    found = morphometry(people(60, 1, thalamus=600), people(80, 2), 0)
     assert found is not None
     worst = found.regions[0]
-    assert worst.name == "thalamus" and worst.cohen_d.low < 1.0 < worst.cohen_d.high
+    assert worst.name == "thalamus" and worst.cohen_d.low < 2.0 < worst.cohen_d.high
     assert all(region.cohen_d.low < 0 < region.cohen_d.high for region in found.regions[1:])
-    assert found.ratio.low > 1 and found.matched.n == 40
+    assert found.halves.beyond.low > 0 and found.halves.across.n == 30
     same = morphometry(people(60, 3), people(80, 2), 0)
-    assert same is not None and 0.85 < same.ratio.value < 1.15
+    assert same is not None and same.halves.beyond.low < 0 < same.halves.beyond.high
+
+
+def test_too_little_variety_is_no_likeness() -> None:
+    """It brings people nearer to others, and yet counts as a difference."""
+    usual = people(64, 1)
+    alike = [{name: 4000 + 0.5 * (volume - 4000) for name, volume in person.items()} for person in usual]
+    found = morphometry(alike, people(190, 2), 0)
+    assert found is not None
+    assert found.halves.across.value < found.halves.real.value and found.halves.beyond.low > 0
 
 
 def test_cohen_d_of_known_samples() -> None:
@@ -57,9 +66,9 @@ def test_wasserstein_is_the_best_assignment() -> None:
 
 def test_few_people_and_alike_ones_get_a_reason() -> None:
     few = morphometry(people(1, 1), people(3, 2), 0)
-    assert few is not None and few.matched.value is None and "8 real" in few.matched.reason
-    alike = morphometry(people(6, 1), [people(1, 2)[0]] * 9, 0)
-    assert alike is not None and alike.ratio.value is None and "the same" in alike.ratio.reason
+    assert few is not None and few.halves.across.value is None and "8 images on each" in few.halves.across.reason
+    alike = morphometry(people(9, 1), [people(1, 2)[0]] * 9, 0)
+    assert alike is not None and alike.halves.beyond.value is None and "the same" in alike.halves.beyond.reason
     assert morphometry([], people(3, 2), 0) is None
     assert morphometry([{"thalamus": 1.0}], people(3, 2), 0) is None
 

@@ -16,6 +16,7 @@ from brainldm.base.files import read_json, write_json
 from brainldm.base.nifti import write_nifti
 from brainldm.base.tables import read_table
 from brainldm.base.volume import GRIDS, Volume
+from brainldm.evaluate.judge import Judge
 from brainldm.evaluate.scorecard import Scorecard, evaluate_dataset
 from judged_folders import TINY, BlobMeasure, Found, blob, write_cohort, write_synthetic
 
@@ -42,7 +43,7 @@ def mine(folders: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path, Path]:
 
 
 def judge(synth: Path, real: Path | None, out: Path, **more: object) -> Scorecard:
-    settings = {"measure": BlobMeasure(), "workers": 1, "pairs": 40} | more
+    settings = {"instrument": BlobMeasure(), "workers": 1, "pairs": 40} | more
     return evaluate_dataset(synth, real, out, **settings)  # type: ignore[arg-type]
 
 
@@ -98,7 +99,7 @@ def test_the_same_again_gives_the_same_and_measures_nothing(mine: tuple[Path, Pa
     judge(synth, real, out)
     assert len(judged_folders.CALLS) == 1
     judged_folders.CALLS.clear()
-    judge(synth, real, out, measure=BlobMeasure("blob counter 2"))
+    judge(synth, real, out, instrument=BlobMeasure("blob counter 2"))
     assert len(judged_folders.CALLS) == 27
 
 
@@ -261,7 +262,7 @@ class Crashing:
 def test_an_instrument_that_fails_leaves_the_rest_standing(
     folders: tuple[Path, Path], tmp_path: Path, below: float
 ) -> None:
-    card = judge(*folders, tmp_path, measure=Crashing(only_below=below))
+    card = judge(*folders, tmp_path, instrument=Crashing(only_below=below))
     assert card.row("ventricles_mm3.pearson_r").synthetic.value is None
     assert card.row("ms_ssim").synthetic.value is not None
     assert len(card.failures) == 27
@@ -281,7 +282,7 @@ class Doubtful(BlobMeasure):
 def test_what_the_instrument_does_not_believe_and_small_sets_are_said(
     folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    card = judge(*folders, tmp_path, measure=Doubtful())
+    card = judge(*folders, tmp_path, instrument=Doubtful())
     table = read_table(tmp_path / "measured.tsv")
     doubted = sum(float(row["quality_poor"]) for row in table.rows)
     assert 0 < doubted < len(table)
@@ -308,14 +309,26 @@ def test_ranges_come_from_the_training_people_where_no_plan_says(mine: tuple[Pat
 
 def test_output_folders_are_not_mistaken(mine: tuple[Path, Path, Path]) -> None:
     synth, real, out = mine
-    with pytest.raises(UsageError, match="one of the folders to be judged"):
-        judge(synth, real, real)
+    for inside in (real, synth / "judged"):
+        with pytest.raises(UsageError, match="over or in"):
+            judge(synth, real, inside)
+    with pytest.raises(UsageError, match="0 workers"):
+        judge(synth, real, out, workers=0)
     out.mkdir()
     (out / "thesis.docx").write_text("precious")
     with pytest.raises(UsageError, match=r"thesis.docx"):
         judge(synth, real, out)
     with pytest.raises(BadInput, match="no training log"):
         judge(synth, real, out.parent / "o", runs=real)
+
+
+def test_a_missing_table_of_volumes_is_told_before_images_are_read(
+    mine: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synth, _, out = mine
+    monkeypatch.setattr(Judge, "run", lambda *_, **__: pytest.fail("images were read"))
+    with pytest.raises(BadInput, match="no such table"):
+        judge(synth, None, out, volumes=(out.parent / "nope.csv", None))
 
 
 def test_a_scorecard_of_another_version_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -383,7 +396,7 @@ def test_held_out_people_alone_can_be_compared_with(tmp_path: Path) -> None:
     made = write_synthetic(tmp_path / "made", volumes)
     people = write_cohort(tmp_path / "people", volumes, splits=["train"] * 4 + ["validation"] * 3 + ["test"] * 2)
     card = evaluate_dataset(
-        made, people, tmp_path / "out", measure=BlobMeasure(), features=(), pairs=10, workers=1, held_out_only=True
+        made, people, tmp_path / "out", instrument=BlobMeasure(), features=(), pairs=10, workers=1, held_out_only=True
     )
     assert (card.real.sampled, card.real.training, card.real.held_out) == (5, 4, 5)
     assert {cells["split"] for cells in read_table(tmp_path / "out" / "measured_reference.tsv").rows} == {
@@ -395,5 +408,5 @@ def test_held_out_people_alone_can_be_compared_with(tmp_path: Path) -> None:
     seen = write_cohort(tmp_path / "seen", volumes, splits=["train"] * 9)
     with pytest.raises(BadInput, match="marked as held out"):
         evaluate_dataset(
-            made, seen, tmp_path / "no", measure=BlobMeasure(), features=(), pairs=10, workers=1, held_out_only=True
+            made, seen, tmp_path / "no", instrument=BlobMeasure(), features=(), pairs=10, workers=1, held_out_only=True
         )

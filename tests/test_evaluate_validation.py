@@ -58,7 +58,7 @@ def test_alterations_change_a_little() -> None:
 
 def test_a_folder_is_validated_and_too_small_a_one_refused(tmp_path: Path) -> None:
     people = write_cohort(tmp_path / "people", [2e4 + 3e3 * i for i in range(12)])
-    found = validate(people, tmp_path / "out", measure=BlobMeasure(), pairs=10)
+    found = validate(people, tmp_path / "out", instrument=BlobMeasure(), pairs=10)
     written = json.loads((tmp_path / "out" / "validation.json").read_text())
     assert written["people"] == 12 and set(written["nearer"]) == {"voxels at 4 mm", "random"}
     assert found.nearer["voxels at 4 mm"]["noisy"].n == 12
@@ -75,7 +75,7 @@ def test_a_folder_is_validated_and_too_small_a_one_refused(tmp_path: Path) -> No
 def test_images_that_cannot_be_judged_are_said(tmp_path: Path) -> None:
     people = write_cohort(tmp_path / "people", [2e4 + 3e3 * i for i in range(9)])
     next(people.rglob("*_T1w.nii.gz")).write_bytes(b"")
-    found = validate(people, tmp_path / "out", measure=BlobMeasure(), pairs=10)
+    found = validate(people, tmp_path / "out", instrument=BlobMeasure(), pairs=10)
     assert [failure.reason for failure in found.failures] == ["empty"]
     assert "the file is empty" in found.as_text()
     assert len(json.loads((tmp_path / "out" / "validation.json").read_text())["failures"]) == 1

@@ -74,7 +74,7 @@ def test_the_card_holds_every_figure_and_is_gone_on_with(
             phantoms=ellipsoids,
             n=4,
             pairs=4,
-            measure=Darkness(),
+            instrument=Darkness(),
         )
 
     made = make()

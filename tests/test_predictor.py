@@ -74,7 +74,7 @@ def test_it_learns_what_is_there_to_see(tiny_cohort: Path, tmp_path: Path) -> No
 
 
 def test_a_stopped_training_goes_on_as_if_it_had_not_been(tiny_cohort: Path, tmp_path: Path, age: Predictor) -> None:
-    train_predictor("age", tiny_cohort, tmp_path / "run", config=replace(QUICK, steps=6), minutes=0)
+    train_predictor("age", tiny_cohort, tmp_path / "run", config=replace(QUICK, steps=6), minutes=1e-9)
     again = train_predictor("age", tiny_cohort, tmp_path / "run", config=QUICK)
     assert again.weights_sha256 == age.weights_sha256
     with pytest.raises(UsageError, match="another run"):
@@ -116,7 +116,7 @@ def test_the_judge_asks_predictors(tiny_run: Path, tiny_cohort: Path, age: Predi
         tmp_path / "brains",
         tiny_cohort,
         tmp_path / "out",
-        measure=_Nothing(),
+        instrument=_Nothing(),
         predictors=[age.folder, sex.folder.parent],
         workers=1,
     )

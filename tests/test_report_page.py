@@ -69,7 +69,7 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     log = root / "run" / "autoencoder" / "log.jsonl"
     log.parent.mkdir(parents=True)
     log.write_text("".join(json.dumps({"step": k, "loss": 100 / (k + 1)}) + "\n" for k in range(500)))
-    evaluate_dataset(synthetic, real, root / "out", measure=BlobMeasure(), workers=1, runs=root / "run")
+    evaluate_dataset(synthetic, real, root / "out", instrument=BlobMeasure(), workers=1, runs=root / "run")
     return root / "out"
 
 
@@ -147,7 +147,7 @@ def test_text_of_others_is_inert(tmp_path: Path) -> None:
     facts["model"]["name"] = "</title><script>alert(3)</script>"
     write_json(synthetic / "generation.json", facts)
     real = write_cohort(tmp_path / "r", [1e4, 2e4, 3e4, 4e4])
-    evaluate_dataset(synthetic, real, tmp_path / "out", measure=BlobMeasure(), workers=1)
+    evaluate_dataset(synthetic, real, tmp_path / "out", instrument=BlobMeasure(), workers=1)
     for folder in (tmp_path / "out", synthetic):
         page = Reader(write_report(folder).read_text())
         assert len(page.scripts) == 1 and "alert" not in page.scripts[0]
@@ -161,7 +161,7 @@ def test_text_of_others_is_inert(tmp_path: Path) -> None:
 def test_errors_are_listed(tmp_path: Path) -> None:
     synthetic = write_synthetic(tmp_path / "s", [2e4, 3e4, 4e4])
     next(synthetic.rglob("*.nii.gz")).write_bytes(b"<html>404</html>")
-    evaluate_dataset(synthetic, None, tmp_path / "out", measure=BlobMeasure(), workers=1)
+    evaluate_dataset(synthetic, None, tmp_path / "out", instrument=BlobMeasure(), workers=1)
     text = Reader(write_report(tmp_path / "out").read_text()).text
     assert "1 image could not be judged" in text and "looks like HTML" in text and "Download the scan again" in text
 
@@ -185,7 +185,7 @@ def test_phantoms_are_called_phantoms(tmp_path: Path) -> None:
     synthetic = write_synthetic(tmp_path / "s", [1e4, 2e4, 3e4])
     real = write_cohort(tmp_path / "r", [1e4, 2e4, 3e4, 4e4])
     write_json(real / "prepared.json", {"name": "phantoms"})
-    card = evaluate_dataset(synthetic, real, tmp_path / "out", measure=BlobMeasure(), workers=1)
+    card = evaluate_dataset(synthetic, real, tmp_path / "out", instrument=BlobMeasure(), workers=1)
     assert any("The reference people are phantoms" in warning for warning in card.warnings)
     text = Reader(write_report(tmp_path / "out").read_text()).text
     assert "compared with 4 phantoms" in text and "slices of real people" not in text

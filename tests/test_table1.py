@@ -31,7 +31,9 @@ class Darkness:
 @pytest.fixture(scope="module")
 def made(tiny_cohort: Path, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("table1") / "out"
-    make_table1(tiny_cohort, out, models={"ldm": tiny_run}, minutes=0.02, n=5, pairs=6, ways=SHORT, measure=Darkness())
+    make_table1(
+        tiny_cohort, out, models={"ldm": tiny_run}, minutes=0.02, n=5, pairs=6, ways=SHORT, instrument=Darkness()
+    )
     return out
 
 
@@ -60,7 +62,9 @@ def test_the_four_figures_are_drawn(made: Path) -> None:
 def test_the_same_command_again_makes_nothing_anew(made: Path, tiny_cohort: Path, tiny_run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in made.rglob("*.nii.gz")}
     models = {path: path.stat().st_mtime_ns for path in (made / "models").rglob("*.safetensors")}
-    make_table1(tiny_cohort, made, models={"ldm": tiny_run}, minutes=0.02, n=5, pairs=6, ways=SHORT, measure=Darkness())
+    make_table1(
+        tiny_cohort, made, models={"ldm": tiny_run}, minutes=0.02, n=5, pairs=6, ways=SHORT, instrument=Darkness()
+    )
     assert before == {path: path.stat().st_mtime_ns for path in made.rglob("*.nii.gz")}
     assert models == {path: path.stat().st_mtime_ns for path in (made / "models").rglob("*.safetensors")}
 
@@ -69,9 +73,9 @@ def test_a_time_that_an_interrupted_run_took_along_is_left_out(
     made: Path, tiny_cohort: Path, tiny_run: Path, tmp_path: Path
 ) -> None:
     again = Path(shutil.copytree(made, tmp_path / "again"))
-    (again / "brains" / "lsgan.json").unlink()
+    (again / "brains" / "lsgan.timing.json").unlink()
     models = {"ldm": tiny_run}
-    make_table1(tiny_cohort, again, models=models, minutes=0.02, n=5, pairs=6, ways=SHORT, measure=Darkness())
+    make_table1(tiny_cohort, again, models=models, minutes=0.02, n=5, pairs=6, ways=SHORT, instrument=Darkness())
     line = json.loads((again / "table1.json").read_text())["lines"][0]
     assert line["way"] == "lsgan" and line["seconds_an_image"] is None
 

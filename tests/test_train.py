@@ -25,8 +25,9 @@ from brainldm.model.description import POPULATION_NAME
 from brainldm.model.folder import load_latent_diffusion, load_model
 from brainldm.nets.atlas import AtlasAutoencoder
 from brainldm.train.checkpoint import Checkpoint, load_newest, save_checkpoint
-from brainldm.train.config import Augmentation, Recipe
+from brainldm.train.config import Augmentation, GanStageConfig, Recipe
 from brainldm.train.diffusion_stage import DiffusionStage, draw_timesteps
+from brainldm.train.gan_run import train_gan
 from brainldm.train.loop import Terminated, run_stage
 from brainldm.train.run import train
 from conftest import TINY_ATLASES, tiny_recipe, write_tiny_cohort
@@ -284,6 +285,26 @@ def test_minutes_bound_the_time(tiny_cohort: Path, tmp_path: Path) -> None:
     train(tiny_recipe(), tiny_cohort, tmp_path / "run", steps=10**6, minutes=0.05)
     assert time.monotonic() - begun < 60
     assert load_model(tmp_path / "run").description.training["diffusion"]["steps"] < 10**6
+
+
+@pytest.mark.parametrize("asked", [{"minutes": 0.0}, {"minutes": -1.0}, {"minutes": float("nan")}, {"steps": 0}])
+def test_no_time_and_no_steps_are_refused(tiny_cohort: Path, tmp_path: Path, asked: dict[str, float]) -> None:
+    for begin, what in (
+        (train, tiny_recipe()),
+        (train_gan, GanStageConfig("lsgan", (8, 8), steps=1, norm_groups=4)),
+    ):
+        with pytest.raises(UsageError, match="were asked for"):
+            begin(what, tiny_cohort, tmp_path / "run", **asked)
+    assert not (tmp_path / "run").exists()
+
+
+def test_stage_1_is_not_trained_on_under_a_finished_stage_2(tiny_run: Path, tiny_cohort: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    before = (run / "autoencoder" / "summary.json").read_bytes()
+    with pytest.raises(UsageError, match="stage 1 ended after 6 steps and would go on, and stage 2 has learnt"):
+        train(tiny_recipe(), tiny_cohort, run, steps=8)
+    assert (run / "autoencoder" / "summary.json").read_bytes() == before
+    train(tiny_recipe(), tiny_cohort, run, stage="diffusion", steps=8)
 
 
 def test_average_follows_the_weights(tiny_run: Path) -> None:

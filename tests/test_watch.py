@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from brainldm.base.describe import describe
+from brainldm.base.describe import _TELLERS, describe
 from brainldm.base.errors import BadInput, EnvironmentProblem, UsageError
 from brainldm.base.feeding import Feed, made_ahead
 from brainldm.base.files import lock_holder, locked_folder, read_json, sha256_of
@@ -217,6 +217,18 @@ def test_info_tells_how_far_a_run_is(tiny_run: Path, tmp_path: Path) -> None:
     assert stage["validation"]["people"] == 1
     assert facts["stage autoencoder"].startswith("6 of 6 steps; loss ")
     assert "newest checkpoint: step 6" in facts["stage diffusion"]
+
+
+@pytest.mark.parametrize("marker", _TELLERS)
+@pytest.mark.parametrize("content", ["[]", "7", "{}"])
+def test_info_names_a_file_of_ours_that_is_damaged(marker: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / marker).write_text(content)
+    if content == "{}" and marker not in ("model.json", "generation.json"):
+        assert describe(tmp_path)["kind"]
+        return
+    with pytest.raises(BadInput, match="is damaged") as caught:
+        describe(tmp_path)
+    assert caught.value.path == tmp_path / marker
 
 
 def test_info_tells_the_time_left_of_a_run_in_the_middle(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def test_the_demo_uses_the_shipped_model(
 ) -> None:
     package_model(tiny_run, tmp_path / "installed" / "demo")
     monkeypatch.setattr(shipped, "_ROOT", tmp_path / "installed")
-    monkeypatch.setattr(scorecard, "_default_measure", Darkness)
+    monkeypatch.setattr(scorecard, "_default_instrument", Darkness)
     asked = {}
 
     def ellipsoids(out: Path, **how: object) -> None:  # what stands for phantoms on so tiny a grid

@@ -30,6 +30,7 @@ app = App(
     help="Brains of nobody: scans become a cohort, a cohort a model, a model as many T1w brains as you ask for.",
     help_format="plaintext",
     version_flags=["--version"],
+    suppress_keyboard_interrupt=False,  # main says what becomes of what was begun
 )
 
 import_app = App(name="import", help="Weights from elsewhere become a model folder.", help_format="plaintext")
@@ -528,8 +529,8 @@ _DTYPES: dict[str, Dtype] = {"int16": "int16_unit", "uint8": "uint8_unit", "floa
 
 def _asked(age: str | None, sex: str | None, ventricles: str | None, brain: str | None) -> dict[str, Sweep]:
     """The sweeps asked for, by covariate; one value is a sweep of one."""
-    from brainldm.base.covariates import parse_age, parse_sex, parse_volume
     from brainldm.base.errors import UsageError
+    from brainldm.base.quantities import parse_age, parse_sex, parse_volume
     from brainldm.generate.plan import Sweep
 
     asked = {}
@@ -854,7 +855,7 @@ def evaluate(
             synth,
             real,
             out,
-            measure=_instrument(measure_),
+            instrument=_instrument(measure_),
             pairs=pairs,
             seed=seed,
             workers=workers,
@@ -950,7 +951,12 @@ def morphometry(
     from brainldm.evaluate.morphometry import compare_tables
 
     found = compare_tables(synth, real, out, head=head, seed=seed)
-    for name, estimate in (("Wasserstein distance", found.matched), ("two halves of the real", found.real)):
+    distances = {
+        "Wasserstein distance": found.halves.across,
+        "two halves of the real": found.halves.real,
+        "beyond chance": found.halves.beyond,
+    }
+    for name, estimate in distances.items():
         value = f"none ({estimate.reason})" if estimate.value is None else f"{estimate.value:.3f}"
         _say(f"{name}, {len(found.regions)} regions: {value}")
     _say(f"A row a region is in {out / 'regions.tsv'}.")

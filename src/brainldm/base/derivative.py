@@ -6,12 +6,10 @@ size. BIDS lists no such space, therefore every sidecar spells out what it refer
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import brainldm
-from brainldm.base.files import write_json
 
 BIDS_VERSION = "1.10.0"
 SPACE = "MNI152rigid"
@@ -21,9 +19,7 @@ SPACE_REFERENCE = (
 )
 
 
-def dataset_description(
-    name: str, description: str, *, licence: str = "", sources: Sequence[str] = ()
-) -> dict[str, Any]:
+def dataset_description(name: str, description: str, *, licence: str = "") -> dict[str, Any]:
     """dataset_description.json of a derivative dataset made by this program."""
     content: dict[str, Any] = {
         "Name": name,
@@ -36,8 +32,6 @@ def dataset_description(
     }
     if licence:
         content["License"] = licence
-    if sources:
-        content["SourceDatasets"] = [{"URL": source} for source in sources]
     return content
 
 
@@ -63,8 +57,3 @@ def t1w_sidecar(description: str, *, skull_stripped: bool, voxel_mm: float, **mo
         "VoxelSize_mm": voxel_mm,
         **more,
     }
-
-
-def write_column_dictionary(path: Path, columns: dict[str, dict[str, Any]]) -> None:
-    """The JSON beside a table, that says what each column means and in which unit."""
-    write_json(path, columns)

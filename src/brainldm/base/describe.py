@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from brainldm.base.errors import BadInput
-from brainldm.base.files import lock_holder, read_json, sha256_of
+from brainldm.base.files import lock_holder, read_json_object, sha256_of
 from brainldm.base.manifest import Manifest
 from brainldm.base.nifti import read_nifti
 from brainldm.base.shipped import shipped_folder, shipped_name
@@ -48,12 +48,12 @@ def _scan(path: Path) -> dict[str, Any]:
 
 
 def _model(path: Path) -> dict[str, Any]:
-    content = read_json(path / "model.json")
+    content = read_json_object(path / "model.json", weights=dict)
     weights = {
         name: "whole"
         if (path / name).is_file() and sha256_of(path / name) == facts.get("sha256")
         else "missing or changed"
-        for name, facts in content.get("weights", {}).items()
+        for name, facts in content["weights"].items()
     }
     shown = ("name", "format_version", "target", "latent", "grid", "covariates", "training", "licence", "weights_dtype")
     return {"kind": f"model ({content.get('kind')})", "weights": weights} | {k: content.get(k) for k in shown}
@@ -61,13 +61,13 @@ def _model(path: Path) -> dict[str, Any]:
 
 def _cohort(path: Path) -> dict[str, Any]:
     records = Manifest(path / "manifest.jsonl").records()
-    return {"kind": "prepared cohort", "images": len({r.get("index") for r in records})} | read_json(
+    return {"kind": "prepared cohort", "images": len({r.get("index") for r in records})} | read_json_object(
         path / "prepared.json"
     )
 
 
 def _run(path: Path) -> dict[str, Any]:
-    content = read_json(path / "run.json")
+    content = read_json_object(path / "run.json")
     stages = watch_stages(path, content)
     holder = lock_holder(path)
     return {
@@ -80,18 +80,18 @@ def _run(path: Path) -> dict[str, Any]:
 
 
 def _synthetic(path: Path) -> dict[str, Any]:
-    content = read_json(path / "generation.json")
+    content = read_json_object(path / "generation.json", n=int)
     done = len(Manifest(path / "manifest.jsonl").proven(path))
     return {"kind": "synthetic dataset", "done": done, "missing": content["n"] - done} | content
 
 
 def _scorecard(path: Path) -> dict[str, Any]:
-    return {"kind": "scorecard"} | read_json(path / "scorecard.json")
+    return {"kind": "scorecard"} | read_json_object(path / "scorecard.json")
 
 
 def _bids(path: Path) -> dict[str, Any]:
     scans = sum(1 for _ in path.glob("sub-*/**/anat/*_T1w.nii*"))
-    return {"kind": "BIDS dataset", "t1w_images": scans} | read_json(path / "dataset_description.json")
+    return {"kind": "BIDS dataset", "t1w_images": scans} | read_json_object(path / "dataset_description.json")
 
 
 # The most telling file first: everything of ours that holds images is a BIDS dataset too.

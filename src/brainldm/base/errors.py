@@ -2,7 +2,7 @@
 
 Every error carries the value that was found, the rule it breaks, the file it is in and what to do about it; its class
 decides the exit code of the command (0 done, 1 a bug, 2 wrong use, 3 bad input, 4 part of a batch failed, 5 the
-machine, 130 interrupted).
+machine, 130 interrupted, 143 asked to end).
 """
 
 from __future__ import annotations

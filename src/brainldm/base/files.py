@@ -53,6 +53,24 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def check_output_apart(out: str | Path, *inputs: str | Path) -> None:
+    """UsageError where the output folder is one of the folders that are read, holds one or lies in one.
+
+    A study's derivatives/ is the one place below it where BIDS has results.
+    """
+    target = Path(out).resolve()
+    for folder in inputs:
+        source = Path(folder).resolve()
+        below = target.relative_to(source).parts if source in target.parents else ()
+        in_derivatives = len(below) > 1 and below[0] == "derivatives"
+        if target == source or target in source.parents or (below and not in_derivatives):
+            raise UsageError(
+                f"the output would lie over or in {folder}, which is only read.",
+                remedy="Choose an output folder of its own.",
+                path=out,
+            )
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Where the machine refuses a write to `path`, says so as an EnvironmentProblem with the remedy."""
@@ -122,6 +140,22 @@ def read_json(path: str | Path) -> Any:
             path=path,
             reason="bad_json",
         ) from error
+
+
+def read_json_object(path: str | Path, **needed: type) -> dict[str, Any]:
+    """The JSON object in the file, with the keys `needed`, each of its type; BadInput when it is another thing."""
+    content = read_json(path)
+    lacking = (
+        [] if not isinstance(content, dict) else [k for k, v in needed.items() if not isinstance(content.get(k), v)]
+    )
+    if not isinstance(content, dict) or lacking:
+        raise BadInput(
+            f"is damaged: {f'{lacking[0]!r} is missing or of another type' if lacking else 'it holds no JSON object'}.",
+            remedy="Restore the file from where it came.",
+            path=path,
+            reason="bad_json",
+        )
+    return content
 
 
 def sha256_of(path: str | Path) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from brainldm.base.files import make_folder, sha256_of, writing
+from brainldm.base.files import make_folder, sha256_of, write_text, writing
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Manifest:
     def append(self, **record: Any) -> None:
         """Adds one record and returns when it is on disk."""
         make_folder(self.path.parent)
-        line = json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
+        line = _line(record)
         with writing(self.path), self.path.open("ab+") as handle:
             # A torn last line must not swallow the new one.
             if handle.tell() > 0:
@@ -51,12 +52,31 @@ class Manifest:
 
     def proven(self, root: Path, *, full: bool = False) -> dict[int, dict[str, Any]]:
         """The finished records by their `index`: those whose `file` below `root` has the size (and, with `full`,
-        the SHA-256) that the record states. The last record of an index counts."""
-        latest = {record["index"]: record for record in self.records() if "index" in record}
-        return {index: record for index, record in latest.items() if _is_there(root, record, full)}
+        the SHA-256) that the record states. The last complete record of an index counts."""
+        latest = {
+            record["index"]: record
+            for record in self.records()
+            if isinstance(record.get("index"), int) and _names_a_file(record)
+        }
+        return {index: record for index, record in latest.items() if is_intact(root, record, full=full)}
+
+    def rewrite(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Replaces everything by these records in this order, so that equal folders have equal manifests."""
+        write_text(self.path, "".join(_line(record) for record in records))
 
 
-def _is_there(root: Path, record: dict[str, Any], full: bool) -> bool:
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _names_a_file(record: Mapping[str, Any]) -> bool:
+    return all(isinstance(record.get(key), kind) for key, kind in (("file", str), ("bytes", int), ("sha256", str)))
+
+
+def is_intact(root: Path, record: Mapping[str, Any], *, full: bool) -> bool:
+    """Whether the record's `file` below `root` has the bytes (and, with `full`, the SHA-256) that it states."""
+    if not _names_a_file(record):
+        return False
     path = root / record["file"]
     if not path.is_file() or path.stat().st_size != record["bytes"]:
         return False

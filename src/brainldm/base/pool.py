@@ -18,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from brainldm.base.errors import EnvironmentProblem
+from brainldm.base.errors import EnvironmentProblem, UsageError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -34,6 +34,12 @@ _THREAD_VARIABLES = (
 def usable_cpus() -> int:
     """How many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_workers(workers: int) -> None:
+    """UsageError for fewer than one."""
+    if workers < 1:
+        raise UsageError(f"{workers} workers were asked for.", remedy="Ask for at least 1.")
 
 
 def each_in_a_pool(

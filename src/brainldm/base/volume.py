@@ -5,13 +5,14 @@ Arrays are X (left to right), Y (back to front), Z (down to up): RAS+. An affine
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import nibabel
 import numpy as np
 
-from brainldm.base.errors import UsageError
+from brainldm.base.errors import BadInput, UsageError
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,21 @@ class Grid:
             "voxel_mm": self.voxel_mm,
             "origin_mm": list(self.origin_mm),
         }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Grid:
+        try:
+            x, y, z = (int(n) for n in content["shape_XYZ"])
+            ox, oy, oz = (float(o) for o in content["origin_mm"])
+            return cls(str(content["name"]), (x, y, z), float(content["voxel_mm"]), (ox, oy, oz))
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"the grid {content!r} is incomplete.", reason="bad_grid") from error
+
+
+def same_voxels(one: Volume | Grid, other: Volume | Grid) -> bool:
+    """Whether their voxels lie in the same places, but for a hundredth of a millimetre: programs round what they write
+    into headers."""
+    return one.shape_XYZ == other.shape_XYZ and np.allclose(one.affine, other.affine, rtol=0, atol=0.01)
 
 
 # The paper's images are 192 x 256 x 256 at 1 mm, stored right to left with origin (96.48, -141.48, -156.55), cropped

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from brainldm.base.covariates import MEANINGS, SEX_LETTERS, UNITS
-from brainldm.base.derivative import SPACE, dataset_description, t1w_sidecar, write_column_dictionary
+from brainldm.base.derivative import SPACE, dataset_description, t1w_sidecar
 from brainldm.base.files import write_json, write_text
 from brainldm.base.tables import write_table
 from brainldm.base.volume import grid_named
@@ -38,9 +38,6 @@ class CohortPerson:
     @property
     def flags(self) -> tuple[str, ...]:
         return (*self.record["flags"], *(("duplicate",) if self.same_image_as else ()))
-
-    def with_same_image_as(self, others: tuple[str, ...]) -> CohortPerson:
-        return replace(self, same_image_as=others)
 
 
 def write_cohort_tables(
@@ -88,7 +85,7 @@ def _write_participants(out: Path, study: Study, people: Sequence[CohortPerson],
         meaning = study.column_meanings.get(column)
         own = {"Description": f"Column {column!r} of the study's own table"}
         dictionary[ours_or_theirs] = meaning if isinstance(meaning, dict) else own
-    write_column_dictionary(out / "participants.json", dictionary)
+    write_json(out / "participants.json", dictionary)
 
 
 def _beside_ours(columns: Sequence[str]) -> dict[str, str]:

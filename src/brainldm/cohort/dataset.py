@@ -19,7 +19,7 @@ from brainldm.base.nifti import read_nifti
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import stream
 from brainldm.base.tables import Table, read_table
-from brainldm.base.volume import Grid
+from brainldm.base.volume import Grid, same_voxels
 from brainldm.cohort.split import SPLITS, Split
 from brainldm.cohort.uncompressed import UncompressedImages, write_uncompressed
 
@@ -83,7 +83,7 @@ class PreparedCohort:
         return cls(
             folder,
             str(facts["name"]),
-            grid_from_json(facts["grid"]),
+            Grid.from_json(facts["grid"]),
             facts["preprocessing"],
             str(facts.get("licence", "")),
             tuple(people),
@@ -126,15 +126,6 @@ def read_prepared_json(folder: Path) -> dict[str, Any]:
     if missing:
         raise BadInput(f"lacks {', '.join(missing)}.", remedy=remedy, path=path, reason="not_prepared")
     return facts
-
-
-def grid_from_json(content: Mapping[str, Any]) -> Grid:
-    try:
-        x, y, z = (int(n) for n in content["shape_XYZ"])
-        ox, oy, oz = (float(o) for o in content["origin_mm"])
-        return Grid(str(content["name"]), (x, y, z), float(content["voxel_mm"]), (ox, oy, oz))
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"the grid {content!r} is incomplete.", reason="bad_grid") from error
 
 
 def _row(table: Table, row: int, path: Path, record: Mapping[str, Any]) -> PreparedRow:
@@ -218,7 +209,7 @@ class VolumeDataset:
             what = "differs from its checksum in manifest.jsonl" if row.path.is_file() else "is gone"
             raise BadInput(f"the image {what}.", remedy=remedy, path=row.path, reason="checksum")
         volume = read_nifti(row.path)
-        if volume.shape_XYZ != self.grid.shape_XYZ or not np.allclose(volume.affine, self.grid.affine, atol=1e-3):
+        if not same_voxels(volume, self.grid):
             raise BadInput(
                 f"the image of shape {volume.shape_XYZ} does not lie on the grid {self.grid.name!r} "
                 f"{self.grid.shape_XYZ}.",

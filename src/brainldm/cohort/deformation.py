@@ -52,8 +52,6 @@ class Deformation:
     stretch: np.ndarray
     displacement_CXYZ: np.ndarray
     head_depth_XYZ: np.ndarray
-    ventricular_gain: float
-    sulcal_gain: float
 
 
 def deform(person: Person, fields: Fields, seed: int, index: int, shape: Shape | None = None) -> Deformation:
@@ -115,8 +113,6 @@ def deform(person: Person, fields: Fields, seed: int, index: int, shape: Shape |
         stretch,
         displacement.reshape(3, *LATTICE.shape_XYZ),
         head_depth.reshape(LATTICE.shape_XYZ),
-        ventricular_gain,
-        sulcal_gain,
     )
 
 

@@ -11,7 +11,6 @@ import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import scipy.ndimage as ndi
@@ -27,6 +26,7 @@ from brainldm.cohort.register import (
     register_to_template,
     with_black_background,
 )
+from brainldm.cohort.resample import on_voxels
 from brainldm.cohort.skull import brain_mask
 from brainldm.cohort.template import load_template
 
@@ -56,19 +56,10 @@ class Measured:
     regions: dict[str, float] = field(default_factory=dict)
 
 
-class VolumeMeasure(Protocol):
-    """What finds volumes in an image."""
-
-    name: str
-
-    def __call__(self, image: Volume) -> Measured:
-        """BadInput when the image shows no brain that could be measured."""
-
-
 @dataclass(frozen=True)
 class TemplateMeasure:
     """The built-in measure. `aligned` says that images lie rigidly in MNI space already, as prepared and generated ones
-    do, so that only the affine is sought."""
+    do, so that only the affine is sought. BadInput for an image that shows no brain."""
 
     aligned: bool = False
     name: str = "brainldm-template-3"
@@ -128,8 +119,9 @@ def _tissues(image: Volume, registration: Registration) -> _Tissues:
     One width for all, because the few and varied CSF voxels of a young brain otherwise spread their Gaussian over the
     grey matter.
     """
-    sampled = _in_template_space(image, registration, 2)
-    inside = sampled[(load_template(2).brain_mask.data_XYZ > 0) & (sampled > 0)]
+    brain = load_template(2).brain_mask
+    sampled = _at_template(image, registration, brain)
+    inside = sampled[(brain.data_XYZ > 0) & (sampled > 0)]
     if inside.size < 1000:
         raise BadInput("there is no brain where the template has one.", remedy="Look at the scan.", reason="no_brain")
     bright = float(np.percentile(inside, 90))
@@ -149,7 +141,7 @@ def _template_mm3(image: Volume, registration: Registration, tissues: _Tissues) 
     its intensity.
     """
     template = load_template(2)
-    sampled = _in_template_space(image, registration, 2)
+    sampled = _at_template(image, registration, template.t1)
     inside = (_near_brain() > 0) & (sampled > 0)
     intensity = sampled[inside]
     csf = tissues.csf_fraction(intensity, tissues.grey)
@@ -196,8 +188,7 @@ def _near_brain() -> np.ndarray:
 class _Region:
     """The part of template space (1 mm) in which ventricles are looked for."""
 
-    affine: np.ndarray
-    core: np.ndarray
+    core: Volume
     allowed: np.ndarray
 
 
@@ -212,7 +203,7 @@ def _ventricle_region() -> _Region:
     near = ndi.distance_transform_edt(~core[box]) < NEAR_VENTRICLES_MM
     affine = template.t1.affine.copy()
     affine[:3, 3] += template.t1.affine[:3, :3] @ low
-    return _Region(affine, core[box], near & deep)
+    return _Region(Volume(core[box], affine), near & deep)
 
 
 def _ventricles_template_mm3(image: Volume, registration: Registration, tissues: _Tissues) -> float:
@@ -222,14 +213,14 @@ def _ventricles_template_mm3(image: Volume, registration: Registration, tissues:
     and their mean.
     """
     region = _ventricle_region()
-    sampled = _sampled(image, registration, region.affine, region.core.shape)
+    sampled = _at_template(image, registration, region.core)
     wall = 0.5 * (tissues.grey + tissues.white)
     fraction = tissues.csf_fraction(sampled, wall) * region.allowed
     pieces, count = ndi.label(fraction > CSF_SHARE)
     if count == 0:
         return 0.0
     sizes = np.bincount(pieces.ravel())
-    in_core = np.bincount(pieces.ravel(), weights=region.core.ravel())
+    in_core = np.bincount(pieces.ravel(), weights=region.core.data_XYZ.ravel())
     sizes[0] = in_core[0] = 0
     kept = np.flatnonzero((in_core > 0) & (sizes >= SPECK_FRACTION * sizes[in_core > 0].max(initial=0)))
     smear_mm = float(image.voxel_mm.mean()) * registration.head_scaling ** (1 / 3)
@@ -237,20 +228,9 @@ def _ventricles_template_mm3(image: Volume, registration: Registration, tissues:
     return float((fraction * ventricles).sum(dtype=np.float64))  # voxels of 1 mm^3
 
 
-# ------------------------------------------------------------------------------------------------------ template space
-
-
-def _in_template_space(image: Volume, registration: Registration, resolution_mm: int) -> np.ndarray:
-    template = load_template(resolution_mm).t1
-    return _sampled(image, registration, template.affine, template.shape_XYZ)
-
-
-def _sampled(image: Volume, registration: Registration, affine: np.ndarray, shape_XYZ: tuple[int, ...]) -> np.ndarray:
-    """The image at the voxels of a grid of template space, trilinear, 0 where it does not reach."""
-    matrix = np.linalg.inv(image.affine) @ np.linalg.inv(registration.mni_from_scan_affine) @ affine
-    return ndi.affine_transform(
-        image.data_XYZ.astype(np.float32), matrix[:3, :3], matrix[:3, 3], output_shape=shape_XYZ, order=1
-    )
+def _at_template(image: Volume, registration: Registration, template: Volume) -> np.ndarray:
+    """The image at the voxels of a volume in template space."""
+    return on_voxels(image, template, np.linalg.inv(registration.mni_from_scan_affine))
 
 
 # ------------------------------------------------------------------------------------------- other people's segmenters

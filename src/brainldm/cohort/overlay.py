@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import scipy.ndimage as ndi
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from brainldm.base.files import atomic_path
 from brainldm.base.volume import Volume
+from brainldm.cohort.resample import on_voxels
 from brainldm.cohort.template import load_template
 
 _SHARES = (0.3, 0.42, 0.54, 0.66)
@@ -25,8 +25,7 @@ def write_overlay(path: Path, image: Volume, *, title: str) -> None:
     around. Left is left; letters say so.
     """
     template = load_template(2)
-    brain = _on_voxels_of(image, template.brain_mask.data_XYZ, template.t1.affine)
-    ventricles = _on_voxels_of(image, template.ventricles.data_XYZ, template.t1.affine)
+    brain, ventricles = on_voxels(template.brain_mask, image), on_voxels(template.ventricles, image)
     figure = Figure(figsize=(9, 7.2), dpi=80, facecolor="black")
     figure.suptitle(title, color="white", fontsize=11, parse_math=False)
     panels = figure.subplots(3, len(_SHARES))
@@ -46,10 +45,3 @@ def write_overlay(path: Path, image: Volume, *, title: str) -> None:
     figure.subplots_adjust(left=0, right=1, bottom=0, top=0.93, wspace=0.02, hspace=0.02)
     with atomic_path(path) as part:
         FigureCanvasAgg(figure).print_png(str(part))
-
-
-def _on_voxels_of(image: Volume, labels_XYZ: np.ndarray, labels_affine: np.ndarray) -> np.ndarray:
-    matrix = np.linalg.inv(labels_affine) @ image.affine
-    return ndi.affine_transform(
-        labels_XYZ.astype(np.float32), matrix[:3, :3], matrix[:3, 3], output_shape=image.shape_XYZ, order=1
-    )

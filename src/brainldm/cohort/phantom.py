@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ import numpy as np
 import brainldm
 from brainldm.base.derivative import SPACE
 from brainldm.base.errors import UsageError
-from brainldm.base.files import locked_folder, read_json, sha256_of, write_json, write_text
-from brainldm.base.manifest import Manifest
+from brainldm.base.files import locked_folder, read_json, sha256_of, write_json
+from brainldm.base.manifest import Manifest, is_intact
 from brainldm.base.nifti import Written, write_nifti
-from brainldm.base.pool import each_in_a_pool
+from brainldm.base.pool import check_workers, each_in_a_pool
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import stream
 from brainldm.base.volume import Grid
@@ -145,8 +144,9 @@ def write_phantom_study(
     folder holds already are kept, and mended. UsageError when it was made with another seed, grid or anatomy, or holds
     anything else.
     """
-    if n < 1 or workers < 1:
-        raise UsageError(f"{n} people by {workers} workers were asked for.", remedy="Ask for at least 1 of each.")
+    check_workers(workers)
+    if n < 1:
+        raise UsageError(f"{n} people were asked for.", remedy="Ask for at least 1.")
     out = Path(out)
     config = PhantomConfig()
     label_maps = [] if labels is None else label_maps_in(labels)
@@ -171,9 +171,7 @@ def write_phantom_study(
                 done[task.index] = outcome
                 progress.advance(1, outcome["participant_id"])
         records = [done[i] for i in sorted(done)]
-        # In the order of their index, so that equal studies are equal files.
-        lines = (json.dumps(record, allow_nan=False, ensure_ascii=False) for record in records)
-        write_text(manifest.path, "".join(f"{line}\n" for line in lines))
+        manifest.rewrite(records)
         write_descriptions(out, records, grid, seed, from_labels=bool(label_maps))
 
 
@@ -222,12 +220,7 @@ def _short(value: object) -> str:
 def _proven(out: Path, manifest: Manifest) -> dict[int, dict[str, Any]]:
     """The people whose image and labels are both there with the bytes that the manifest states."""
     images = manifest.proven(out, full=True)
-    return {i: r for i, r in images.items() if "dseg" in r and _is_intact(out, r["dseg"])}
-
-
-def _is_intact(out: Path, record: Mapping[str, Any]) -> bool:
-    path = out / record["file"]
-    return path.is_file() and path.stat().st_size == record["bytes"] and sha256_of(path) == record["sha256"]
+    return {i: r for i, r in images.items() if "dseg" in r and is_intact(out, r["dseg"], full=True)}
 
 
 def _anatomy_choice(seed: int, index: int, label_maps: list[Path]) -> Path | None:

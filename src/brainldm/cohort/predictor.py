@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save
 
 from brainldm.base.errors import BadInput
 from brainldm.base.files import read_json, sha256_of, write_bytes, write_json
-from brainldm.base.volume import Grid, Volume
-from brainldm.cohort.dataset import grid_from_json
+from brainldm.base.volume import Grid, Volume, same_voxels
 from brainldm.cohort.normalise import to_unit
 from brainldm.nets.cole import ColeConfig, ColeNet
 
@@ -65,7 +64,7 @@ class Predictor:
     @torch.no_grad()
     def __call__(self, image: Volume) -> PredictedAge | PredictedSex:
         """The prediction for one image of any intensity scale; BadInput for one on another grid."""
-        if image.shape_XYZ != self.grid.shape_XYZ or not np.allclose(image.affine, self.grid.affine, atol=1e-2):
+        if not same_voxels(image, self.grid):
             raise BadInput(
                 f"lies on another grid ({' x '.join(map(str, image.shape_XYZ))}) than {self.grid.name}, which the "
                 f"predictor of {self.target} was trained on.",
@@ -130,7 +129,7 @@ def read_predictor(folder: Path) -> Predictor:
     try:
         return Predictor(
             content["target"],
-            grid_from_json(content["grid"]),
+            Grid.from_json(content["grid"]),
             tuple(int(c) for c in content["channels"]),
             int(content.get("averaging", 1)),
             float(content["offset"]),

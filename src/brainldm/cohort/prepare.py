@@ -10,20 +10,19 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import brainldm
 from brainldm.base.covariates import VOLUMES, implausible
 from brainldm.base.errors import BadInput, BrainldmError, EnvironmentProblem, PartialFailure, UsageError
-from brainldm.base.files import locked_folder, read_json, write_json, write_text
+from brainldm.base.files import check_output_apart, locked_folder, read_json, write_json
 from brainldm.base.manifest import Manifest
-from brainldm.base.pool import each_in_a_pool
+from brainldm.base.pool import check_workers, each_in_a_pool
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.tables import read_table
 from brainldm.base.volume import grid_named
@@ -80,10 +79,9 @@ def prepare_study(
     begun = time.monotonic()
     bids, out = Path(bids), Path(out)
     config.check()
-    if workers < 1:
-        raise UsageError(f"{workers} workers were asked for.", remedy="Ask for at least 1.")
+    check_workers(workers)
     _check_tools(config)
-    _check_places(bids, out)
+    check_output_apart(out, bids)
     study = read_study(bids, masks=config.masks, need_masks=config.uses_masks)
     volumes, failures = _known_volumes(study, config)
     failures += study.failures + [f for f in map(_unusable_id, study.scans) if f]
@@ -106,7 +104,7 @@ def prepare_study(
                     newly_prepared += 1
                 progress.advance(1, task.scan.participant_id)
         records = list(_proven(out, manifest).values())
-        _write_manifest(manifest, records)
+        manifest.rewrite(records)
         people = _people(scans, records, volumes, config)
         people, refused = _duplicates(people, config)
         failures += refused + _left_over(study, records)
@@ -134,16 +132,6 @@ def _check_tools(config: PrepareConfig) -> None:
         )
     if config.register == "unires":
         unires_python()
-
-
-def _check_places(bids: Path, out: Path) -> None:
-    source, target = bids.resolve(), out.resolve()
-    if target == source or target in source.parents:
-        raise UsageError(
-            f"the output {out} would lie over the study {bids}.",
-            remedy="Choose an output folder of its own.",
-            path=out,
-        )
 
 
 def _unusable_id(scan: Scan) -> Failure | None:
@@ -259,9 +247,9 @@ def _facts(study: Study, config: PrepareConfig, earlier: Mapping[str, Any]) -> d
 # ---------------------------------------------------------------------------------------------------- what is done
 
 
-def _proven(out: Path, manifest: Manifest) -> dict[str, dict[str, Any]]:
+def _proven(out: Path, manifest: Manifest, *, full: bool = False) -> dict[str, dict[str, Any]]:
     """The finished records by person, in the order of their index."""
-    by_index = manifest.proven(out)
+    by_index = manifest.proven(out, full=full)
     return {by_index[i]["participant_id"]: by_index[i] for i in sorted(by_index)}
 
 
@@ -273,7 +261,7 @@ def _what_is_missing(
     A person keeps the index they once had; the others take the free ones in the order of their ids, which gives a
     run that was killed the same indices again.
     """
-    proven = _proven(out, manifest)
+    proven = _proven(out, manifest, full=True)  # milliseconds a scan; to prepare one takes many seconds
     done = {s.participant_id for s in scans if _is_current(proven.get(s.participant_id), s, config)}
     taken = {record["index"] for record in proven.values()}
     free = (i for i in range(len(scans) + len(taken) + 1) if i not in taken)
@@ -306,12 +294,6 @@ def _prepared(task: ScanTask) -> dict[str, Any]:
     except Exception:
         shutil.rmtree(task.out / task.scan.participant_id, ignore_errors=True)
         raise
-
-
-def _write_manifest(manifest: Manifest, records: Sequence[Mapping[str, Any]]) -> None:
-    """The same records in the order of their index, so that equal cohorts have equal manifests."""
-    lines = [json.dumps(r, allow_nan=False, ensure_ascii=False) for r in records]
-    write_text(manifest.path, "".join(f"{line}\n" for line in lines))
 
 
 def _failure(scan: Scan, error: Exception, root: Path) -> Failure:
@@ -348,20 +330,30 @@ def _people(
 
 
 def _duplicates(people: list[CohortPerson], config: PrepareConfig) -> tuple[list[CohortPerson], list[Failure]]:
-    """People whose scans are equal voxel for voxel: flagged, or with `strict` refused, all of them."""
-    groups: dict[str, list[CohortPerson]] = {}
+    """People whose scans are equal voxel for voxel, or whose prepared images are (a scan and the same times 2): flagged,
+    or with `strict` refused, all of them."""
+    joined_to: dict[str, str] = {}
+
+    def first(sha256: str) -> str:
+        while joined_to.setdefault(sha256, sha256) != sha256:
+            sha256 = joined_to[sha256]
+        return sha256
+
     for person in people:
-        groups.setdefault(person.record["voxels_sha256"], []).append(person)
+        joined_to[first(person.record["voxels_sha256"])] = first(person.record["sha256"])
+    groups: dict[str, list[str]] = {}
+    for person in people:
+        groups.setdefault(first(person.record["sha256"]), []).append(person.id)
     kept, refused = [], []
     for person in people:
-        same = [p.id for p in groups[person.record["voxels_sha256"]] if p.id != person.id]
+        same = [i for i in groups[first(person.record["sha256"])] if i != person.id]
         if same and config.strict:
-            message = f"has the same voxels as {', '.join(same)}."
+            message = f"has the same image as {', '.join(same)}."
             refused.append(
                 Failure(person.id, person.scan.file, "duplicate", message, "Find out whose scan it is; keep one.")
             )
             continue
-        kept.append(person.with_same_image_as(tuple(same)))
+        kept.append(replace(person, same_image_as=tuple(same)))
     return kept, refused
 
 
@@ -408,7 +400,7 @@ def _finish(
     moved_now = (moved or {}) | moved_people(of_first, seed=config.seed, holdout=config.holdout)
     failures.sort(key=lambda f: (f.participant_id, f.file, f.reason))
     write_cohort_tables(out, study, config, people, splits, failures)
-    counts = {split: list(splits.values()).count(split) for split in ("train", "validation", "test")}
+    counts: dict[str, int] = {split: list(splits.values()).count(split) for split in SPLITS}
     facts |= {
         "preprocessing": {
             "space": "rigidly aligned to MNI152",

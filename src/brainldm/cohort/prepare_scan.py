@@ -17,7 +17,7 @@ from brainldm.base.derivative import SPACE
 from brainldm.base.errors import BadInput
 from brainldm.base.files import sha256_of, write_json
 from brainldm.base.nifti import check_is_regular_file, read_nifti, write_nifti
-from brainldm.base.volume import Volume, grid_named
+from brainldm.base.volume import Volume, grid_named, same_voxels
 from brainldm.cohort.bids import Scan
 from brainldm.cohort.measure import TemplateMeasure
 from brainldm.cohort.normalise import background_at_zero, unit_range
@@ -57,7 +57,6 @@ def prepare_scan(task: ScanTask) -> dict[str, Any]:
 
     registration = _registration(scan, native, mask, config, measure=task.measure)
     notes, quality = [*scan.notes, *native.notes], dict(registration.quality)
-    quality.pop("seconds", None)  # a record says nothing that another run of it would not say
 
     placed, placing = native, registration
     if config.register == "unires":
@@ -156,7 +155,7 @@ def _read_unchanged(path: Path, config: PrepareConfig) -> tuple[Volume, dict[str
 
 def _read_mask(path: Path, scan: Volume) -> Volume:
     mask = read_nifti(path, assume_orientation=True)
-    if mask.shape_XYZ != scan.shape_XYZ or not np.allclose(mask.affine, scan.affine, atol=0.01):
+    if not same_voxels(mask, scan):
         raise BadInput(
             f"the brain mask of shape {mask.shape_XYZ} does not lie on its scan, of shape {scan.shape_XYZ}.",
             remedy="Give a mask on the voxels of the scan.",

@@ -86,7 +86,7 @@ def _tissues(inside_N: np.ndarray) -> tuple[float, float, float, float]:
 
 
 @dataclass(frozen=True)
-class Population:
+class UsualImages:
     """Where the figures of a population's images lie: an ellipsoid that holds all but `FALSE_POSITIVE_RATE` of them."""
 
     people: int
@@ -95,7 +95,7 @@ class Population:
     threshold: float
 
     @classmethod
-    def fitted(cls, figures: Iterable[np.ndarray]) -> Population | None:
+    def fitted(cls, figures: Iterable[np.ndarray]) -> UsualImages | None:
         """Of the figures of these images; None where there are fewer than FEWEST_PEOPLE.
 
         The covariance is shrunk (Ledoit and Wolf 2004). The threshold is set on people the ellipsoid was not fitted to
@@ -149,7 +149,7 @@ class Population:
         }
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Population:
+    def from_json(cls, content: Mapping[str, Any]) -> UsualImages:
         """BadInput for what is incomplete or of other figures."""
         try:
             if content["figures"] != list(FIGURES):

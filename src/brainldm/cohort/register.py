@@ -9,7 +9,6 @@ Deterministic: full sampling, one thread, no random start.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +20,7 @@ from scipy.spatial.transform import Rotation
 
 from brainldm.base.errors import BadInput
 from brainldm.base.volume import GRIDS, Grid, Volume
+from brainldm.cohort.resample import on_voxels
 from brainldm.cohort.template import load_template
 
 # ITK's points are LPS, ours RAS: x and y change sign.
@@ -72,10 +72,9 @@ def register_to_template(
 
     `brain_mask`, on the scan's own grid, limits the scan to the brain. `aligned` says that the scan already lies
     rigidly in MNI space: only its affine is sought, from there, and the rigid motion is the identity.
-    `quality` holds the correlation with the template after the affine, the rigid motion's rotation and translation, the
-    share of the brain that the paper's box cuts off, and seconds. BadInput when there is nothing to register.
+    `quality` holds the correlation with the template after the affine, the rigid motion's rotation and translation, and
+    the share of the brain that the paper's box cuts off. BadInput when there is nothing to register.
     """
-    begun = time.perf_counter()
     moving = _prepared(scan, brain_mask)
     if skull_stripped is None:
         skull_stripped = brain_mask is not None or is_skull_stripped(scan)
@@ -91,7 +90,6 @@ def register_to_template(
         "rotation_degrees": float(np.degrees(rotation)),
         "translation_mm": float(np.linalg.norm(shift)),
         "cut_brain_fraction": _cut_fraction(rigid, mni_from_scan_affine),
-        "seconds": time.perf_counter() - begun,
     }
     return Registration(rigid, mni_from_scan_affine, quality, "rigid" if not aligned else "none")
 
@@ -111,24 +109,16 @@ def closest_rigid(mni_from_scan_affine: np.ndarray) -> np.ndarray:
     return rigid
 
 
-def resample_to_grid(scan: Volume, mni_from_scan: np.ndarray, grid: Grid, *, order: int = 1) -> Volume:
-    """The scan on `grid` after one interpolation straight from its own voxels; 0 where the scan does not reach.
+def resample_to_grid(scan: Volume, mni_from_scan: np.ndarray, grid: Grid) -> Volume:
+    """The scan on `grid` after one trilinear interpolation (as the authors) straight from its own voxels; 0 where the
+    scan does not reach.
 
     Where the grid is coarser than the scan, the scan is smoothed first (a Gaussian of the missing width), so that
-    fine structure becomes partial volume and not noise. `order` is 1 (trilinear, as the authors) or 3 (cubic spline).
+    fine structure becomes partial volume and not noise.
     """
-    data_XYZ = _antialiased(scan, grid.voxel_mm)
-    scan_voxel_from_grid_voxel = np.linalg.inv(scan.affine) @ np.linalg.inv(mni_from_scan) @ grid.affine
-    resampled = ndi.affine_transform(
-        data_XYZ,
-        scan_voxel_from_grid_voxel[:3, :3],
-        scan_voxel_from_grid_voxel[:3, 3],
-        output_shape=grid.shape_XYZ,
-        order=order,
-        mode="grid-constant",  # plain `constant` drops the outermost plane to rounding
-        cval=0.0,
-    )
-    return Volume(resampled.astype(np.float32), np.array(grid.affine), scan.notes)
+    # Plain `constant` drops the outermost plane to rounding.
+    resampled = on_voxels(_antialiased(scan, grid.voxel_mm), grid, np.linalg.inv(mni_from_scan), mode="grid-constant")
+    return Volume(resampled, np.array(grid.affine), scan.notes)
 
 
 def is_skull_stripped(scan: Volume) -> bool:
@@ -159,13 +149,14 @@ def _background(scan: Volume) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------- preparation
 
 
-def _antialiased(scan: Volume, target_mm: float) -> np.ndarray:
-    """The voxels smoothed for a target resolution: variances add, so sigma^2 = (target^2 - voxel^2) / (8 ln 2)."""
+def _antialiased(scan: Volume, target_mm: float) -> Volume:
+    """The scan smoothed for a target resolution: variances add, so sigma^2 = (target^2 - voxel^2) / (8 ln 2)."""
     missing = np.maximum(target_mm**2 - scan.voxel_mm**2, 0.0) / (8 * np.log(2))
     sigma_voxels = np.sqrt(missing) / scan.voxel_mm
-    if sigma_voxels.max() < 0.3:
-        return scan.data_XYZ.astype(np.float32)
-    return ndi.gaussian_filter(scan.data_XYZ.astype(np.float32), sigma_voxels, mode="constant")
+    data_XYZ = scan.data_XYZ.astype(np.float32)
+    if sigma_voxels.max() >= 0.3:
+        data_XYZ = ndi.gaussian_filter(data_XYZ, sigma_voxels, mode="constant")
+    return Volume(data_XYZ, scan.affine)
 
 
 def _prepared(scan: Volume, brain_mask: Volume | None) -> Volume:
@@ -225,7 +216,7 @@ def _coarser(volume: Volume, resolution_mm: float) -> Volume:
     shape = [max(1, int(np.ceil(n / s))) for n, s in zip(volume.shape_XYZ, steps)]
     offset = (steps - 1) / 2
     smooth = _antialiased(volume, resolution_mm)
-    data_XYZ = ndi.affine_transform(smooth, steps, offset, output_shape=tuple(shape), order=1)
+    data_XYZ = ndi.affine_transform(smooth.data_XYZ, steps, offset, output_shape=tuple(shape), order=1)
     affine = volume.affine.copy()
     affine[:3, :3] = volume.affine[:3, :3] * steps
     affine[:3, 3] = volume.affine[:3, 3] + volume.affine[:3, :3] @ offset
@@ -255,8 +246,7 @@ def _starts(moving: Volume, skull_stripped: bool) -> list[np.ndarray]:
     fixed = _fixed(COARSE_MM)
     centre_mni = _centre_of_mass(fixed)
     if skull_stripped:
-        inside_mm3 = float((coarse.data_XYZ > 0.1).sum()) * coarse.voxel_mm3
-        scale = float(np.clip((inside_mm3 / load_template(2).head_mm3) ** (1 / 3), 0.7, 1.15))
+        scale = _size_ratio(coarse)
         centres = [_centre_of_mass(coarse)]
     else:
         scale = _WHOLE_HEAD_SCALE
@@ -305,6 +295,7 @@ def _best_start(moving: Volume, starts: Sequence[np.ndarray], margin_mm: int) ->
 
 
 def _size_ratio(moving: Volume) -> float:
+    """How much longer this head is than the template's, as far as that is believed."""
     inside_mm3 = float((moving.data_XYZ > 0.1).sum()) * moving.voxel_mm3
     return float(np.clip((inside_mm3 / load_template(2).head_mm3) ** (1 / 3), 0.7, 1.15))
 
@@ -398,10 +389,7 @@ def _orthogonalised(linear: np.ndarray) -> np.ndarray:
 def _correlation(scan: Volume, mni_from_scan_affine: np.ndarray) -> float:
     """Pearson correlation of scan and template over the template's brain, at 4 mm."""
     fixed = _fixed(MIDDLE_MM)
-    grid_affine = fixed.affine
-    smooth = _antialiased(scan, MIDDLE_MM)
-    matrix = np.linalg.inv(scan.affine) @ np.linalg.inv(mni_from_scan_affine) @ grid_affine
-    there = ndi.affine_transform(smooth, matrix[:3, :3], matrix[:3, 3], output_shape=fixed.shape_XYZ, order=1)
+    there = on_voxels(_antialiased(scan, MIDDLE_MM), fixed, np.linalg.inv(mni_from_scan_affine))
     inside = fixed.data_XYZ > 0.05
     if float(np.std(there[inside])) == 0.0:
         return 0.0

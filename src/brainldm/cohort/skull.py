@@ -14,6 +14,7 @@ from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.nifti import read_nifti, write_nifti
 from brainldm.base.volume import Volume
 from brainldm.cohort.register import Registration
+from brainldm.cohort.resample import on_voxels
 from brainldm.cohort.template import load_template
 
 METHODS = ("template", "deepbet")
@@ -47,17 +48,7 @@ def _depth_in_template() -> Volume:
 def _by_template(scan: Volume, registration: Registration) -> Volume:
     """Everything well inside the template's brain is brain; near its surface only what is bright enough and hangs
     together after an opening, which cuts the threads to dura and eyes."""
-    template = _depth_in_template()
-    matrix = np.linalg.inv(template.affine) @ registration.mni_from_scan_affine @ scan.affine
-    depth = ndi.affine_transform(
-        template.data_XYZ,
-        matrix[:3, :3],
-        matrix[:3, 3],
-        output_shape=scan.shape_XYZ,
-        order=1,
-        mode="constant",
-        cval=-50.0,
-    )
+    depth = on_voxels(_depth_in_template(), scan, registration.mni_from_scan_affine, outside=-50.0)
     deep = depth > _SURFACE_MM
     if not deep.any():
         raise BadInput("the template's brain does not fall on this scan.", reason="no_brain")

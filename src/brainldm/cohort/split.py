@@ -14,6 +14,7 @@ from brainldm.base.errors import UsageError
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+HELD_OUT: tuple[Split, ...] = ("validation", "test")  # whom no training has seen
 
 # From so many people on, a split that the numbers leave empty is given one person.
 _PEOPLE_FOR = {"validation": 5, "test": 10}
@@ -47,7 +48,7 @@ def assign_splits(
     if moved is not None:
         return splits
     by_place = sorted(splits, key=lambda i: place_of(i, seed))
-    for split in ("validation", "test") if holdout > 0 else ():
+    for split in HELD_OUT if holdout > 0 else ():
         in_train = [i for i in by_place if splits[i] == "train"]
         if split not in splits.values() and len(splits) >= _PEOPLE_FOR[split] and len(in_train) > 1:
             splits[in_train[0]] = split

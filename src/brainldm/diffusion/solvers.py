@@ -73,11 +73,16 @@ def ddim(
 
 
 def ddpm(
-    denoise: Denoise, step_noise: StepNoise, schedule: Schedule, *, advance: Advance = _no_progress
+    denoise: Denoise,
+    step_noise: StepNoise,
+    schedule: Schedule,
+    timesteps: list[int],
+    *,
+    advance: Advance = _no_progress,
 ) -> torch.Tensor:
-    """Ancestral sampling through every timestep (Ho et al. 2020, equations 6, 7 and 15), posterior variance."""
+    """Ancestral sampling (Ho et al. 2020, equations 6, 7 and 15), posterior variance; `timesteps` must be all."""
     x = step_noise(0)
-    for k, t in enumerate(reversed(range(schedule.steps))):
+    for k, t in enumerate(timesteps):
         beta, now = float(schedule.betas[t]), float(schedule.alpha_bars[t])
         before = float(schedule.alpha_bars[t - 1]) if t > 0 else 1.0
         eps = denoise(x, torch.full((len(x),), t, device=x.device))
@@ -227,50 +232,42 @@ def heun(
     return x
 
 
+def _original_ddim(
+    denoise: Denoise,
+    step_noise: StepNoise,
+    schedule: Schedule,
+    timesteps: list[int],
+    *,
+    advance: Advance = _no_progress,
+) -> torch.Tensor:
+    """The authors' first code: eta 1, ending at alpha_bar_0."""
+    last = float(schedule.alpha_bars[0])
+    return ddim(denoise, step_noise, schedule, timesteps, eta=1.0, last_alpha_bar=last, advance=advance)
+
+
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler by name: `run` takes the number of steps; `default_steps` is what it is known for.
+    """A sampler by name: `solver` along `timesteps`; `default_steps` is what it is known for.
 
     `timesteps(schedule, steps)` is where it calls the network; ValueError for a number of steps it cannot take, so that
     callers can ask before the work begins.
     """
 
-    run: Callable[[Denoise, StepNoise, Schedule, int, Advance], torch.Tensor]
+    solver: Callable[..., torch.Tensor]
     timesteps: Callable[[Schedule, int], list[int]]
     default_steps: int
     calls_twice: bool = False  # at every step but the last
 
-
-def _bundle_ddim(
-    denoise: Denoise, step_noise: StepNoise, schedule: Schedule, steps: int, advance: Advance = _no_progress
-) -> torch.Tensor:
-    return ddim(denoise, step_noise, schedule, leading_timesteps(schedule, steps), advance=advance)
-
-
-def _original_ddim(
-    denoise: Denoise, step_noise: StepNoise, schedule: Schedule, steps: int, advance: Advance = _no_progress
-) -> torch.Tensor:
-    """The authors' first code: timesteps one later, eta 1, ending at alpha_bar_0."""
-    timesteps, last = original_timesteps(schedule, steps), float(schedule.alpha_bars[0])
-    return ddim(denoise, step_noise, schedule, timesteps, eta=1.0, last_alpha_bar=last, advance=advance)
-
-
-def _all_steps_ddpm(
-    denoise: Denoise, step_noise: StepNoise, schedule: Schedule, steps: int, advance: Advance = _no_progress
-) -> torch.Tensor:
-    all_timesteps(schedule, steps)
-    return ddpm(denoise, step_noise, schedule, advance=advance)
-
-
-def _few_steps(solver: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A multistep solver along timesteps spread by signal-to-noise ratio."""
-
     def run(
-        denoise: Denoise, step_noise: StepNoise, schedule: Schedule, steps: int, advance: Advance = _no_progress
+        self,
+        denoise: Denoise,
+        step_noise: StepNoise,
+        schedule: Schedule,
+        steps: int,
+        advance: Advance = _no_progress,
     ) -> torch.Tensor:
-        return solver(denoise, step_noise, schedule, snr_timesteps(schedule, steps), advance=advance)
-
-    return run
+        """A sample of the noise, in `steps` steps."""
+        return self.solver(denoise, step_noise, schedule, self.timesteps(schedule, steps), advance=advance)
 
 
 # Of those that come as near to 1000 steps as 50 of DDIM the one with the fewest calls, and a few to spare
@@ -278,12 +275,12 @@ def _few_steps(solver: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
 DEFAULT_SAMPLER = "unipc"
 
 SAMPLERS = {
-    "ddim": Sampler(_bundle_ddim, leading_timesteps, 50),
+    "ddim": Sampler(ddim, leading_timesteps, 50),
     "ddim-original": Sampler(_original_ddim, original_timesteps, 50),
-    "ddpm": Sampler(_all_steps_ddpm, all_timesteps, 1000),
-    "dpm++": Sampler(_few_steps(dpm_solver_pp), snr_timesteps, 12),
-    "unipc": Sampler(_few_steps(unipc), snr_timesteps, 12),
-    "heun": Sampler(_few_steps(heun), snr_timesteps, 13, calls_twice=True),
+    "ddpm": Sampler(ddpm, all_timesteps, 1000),
+    "dpm++": Sampler(dpm_solver_pp, snr_timesteps, 12),
+    "unipc": Sampler(unipc, snr_timesteps, 12),
+    "heun": Sampler(heun, snr_timesteps, 13, calls_twice=True),
 }
 
 

@@ -17,7 +17,7 @@ from functools import partial
 from itertools import groupby
 
 import numpy as np
-from scipy import ndimage, stats
+from scipy import stats
 
 from brainldm.base.progress import Progress
 from brainldm.base.streams import stream
@@ -25,19 +25,20 @@ from brainldm.evaluate.estimate import CONFIDENCE, Estimate
 from brainldm.evaluate.examine import read_for_judging
 from brainldm.evaluate.gradient_ssim import (
     ALL_TERMS,
+    C1,
+    C2,
     SMALLEST_SIDE,
     STRUCTURE,
     GradientMaps,
     four_region_ssim,
     gradient_maps,
+    local_mean,
 )
 from brainldm.evaluate.grids import JudgingGrid
 from brainldm.evaluate.images import JudgedImage
 from brainldm.evaluate.pool import each
 
 KERNEL = 7
-SIGMA_VOXELS = 1.5
-C1, C2 = 0.01**2, 0.03**2  # (0.01 L)^2 and (0.03 L)^2 at data range L = 1
 # Wang et al. 2003, table 1: what each scale contributed to human judgements of similarity, finest first.
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 MAX_CACHE_BYTES = 600_000_000
@@ -80,10 +81,10 @@ def pyramid(image_XYZ: np.ndarray, scales: int) -> Pyramid:
     for scale in range(scales):
         if scale:
             current = _halved(current)
-        local_mean = _gaussian(current)
+        mean = local_mean(current, KERNEL)
         images.append(current)
-        means.append(local_mean)
-        variances.append(_gaussian(current * current) - local_mean * local_mean)
+        means.append(mean)
+        variances.append(local_mean(current * current, KERNEL) - mean * mean)
     return Pyramid(tuple(images), tuple(means), tuple(variances))
 
 
@@ -93,28 +94,12 @@ def ms_ssim(first: Pyramid, second: Pyramid, weights: Sequence[float]) -> float:
     value = 1.0
     for scale, weight in enumerate(weights):
         mean_x, mean_y = first.means[scale], second.means[scale]
-        covariance = _gaussian(first.images[scale] * second.images[scale]) - mean_x * mean_y
+        covariance = local_mean(first.images[scale] * second.images[scale], KERNEL) - mean_x * mean_y
         similarity = (2 * covariance + C2) / (first.variances[scale] + second.variances[scale] + C2)
         if scale == len(weights) - 1:
             similarity = similarity * (2 * mean_x * mean_y + C1) / (mean_x * mean_x + mean_y * mean_y + C1)
         value *= max(0.0, float(similarity.mean(dtype=np.float64))) ** weight
     return value
-
-
-def _kernel() -> np.ndarray:
-    offsets = np.arange(KERNEL) - (KERNEL - 1) / 2
-    bell = np.exp(-((offsets / SIGMA_VOXELS) ** 2) / 2)
-    return bell / bell.sum()
-
-
-def _gaussian(image_XYZ: np.ndarray) -> np.ndarray:
-    edge = KERNEL // 2
-    for axis in range(3):
-        image_XYZ = ndimage.correlate1d(image_XYZ, _kernel(), axis=axis, mode="constant")
-        inner = [slice(None)] * 3
-        inner[axis] = slice(edge, image_XYZ.shape[axis] - edge)
-        image_XYZ = image_XYZ[tuple(inner)]
-    return image_XYZ
 
 
 def _halved(image_XYZ: np.ndarray) -> np.ndarray:

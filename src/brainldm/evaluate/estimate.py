@@ -210,11 +210,3 @@ def share(count: int, n: int) -> Estimate:
         return Estimate.none("there are no images")
     interval = stats.binomtest(count, n).proportion_ci(CONFIDENCE, method="wilson")
     return Estimate(count / n, float(interval.low), float(interval.high), n, "Wilson")
-
-
-def mean_of_draws(values: ArrayLike, n: int) -> Estimate:
-    """The mean over random draws of `n` images, with the range that holds 95 % of the draws: how much the choice of
-    images matters, not an interval for the population."""
-    drawn = np.asarray(values, dtype=np.float64)
-    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
-    return Estimate(float(drawn.mean()), low, high, n, f"{len(drawn)} random draws of {n}")

@@ -1,7 +1,6 @@
 """Is the set like the real one, in a feature space? The Frechet distance (FID) and its unbiased companion (KID).
 
-The Frechet distance of two finite sets is never 0 and shrinks as they grow, so a bare value says little. Here it always
-stands beside the same distance between two halves of the real set, both taken from sets of one size.
+The Frechet distance stands beside the same distance between halves of the real set (halves.py).
 """
 
 from __future__ import annotations
@@ -13,30 +12,23 @@ import numpy as np
 from scipy import linalg, stats
 
 from brainldm.base.streams import stream
-from brainldm.evaluate.estimate import CONFIDENCE, Estimate, mean_of_draws
+from brainldm.evaluate.estimate import CONFIDENCE, Estimate
+from brainldm.evaluate.halves import DRAWS, Halves, in_halves, over_halves, two_halves
 
-DRAWS = 20
 MIN_IMAGES = 4  # of a set: the covariance of fewer is no figure of a population
-MAX_MATCHED = 1000  # images of a set in the distances between sets of one size: what the field uses
+MAX_HALF = 1000  # images of a half: what the field uses
 MAX_KERNEL = 2000  # images of a side in the kernel distance, whose work grows with the square
 
 
 @dataclass(frozen=True)
 class SetDistance:
-    """`all` of synthetic to real with every image; `matched` and `real` of synthetic to real and of real to real, from
-    sets of one size, means over random draws with the range that holds 95 % of them; `ratio` of the last two. `kernel`
-    is the unbiased kernel distance and `kernel_real` the same between halves of the real set."""
+    """`all` of synthetic to real with every image, `halves` from sets of one size. `kernel` is the unbiased kernel
+    distance and `kernel_real` the same between halves of the real set."""
 
     all: Estimate
-    matched: Estimate
-    real: Estimate
-    ratio: Estimate
+    halves: Halves
     kernel: Estimate
     kernel_real: Estimate
-
-    @classmethod
-    def none(cls, reason: str, n: int = 0) -> SetDistance:
-        return cls(*(Estimate.none(reason, n) for _ in range(6)))
 
 
 def frechet_distance(first_NF: np.ndarray, second_MF: np.ndarray) -> float:
@@ -100,9 +92,9 @@ def set_distance(synthetic_MF: np.ndarray, real_NF: np.ndarray, seed: int) -> Se
     """All distances of the synthetic to the real features; nulls with reasons where there are too few."""
     m, n = len(synthetic_MF), len(real_NF)
     if min(m, n) < MIN_IMAGES:
-        return SetDistance.none(
-            f"a distance between sets needs at least {MIN_IMAGES} images on each side, one has {min(m, n)}", min(m, n)
-        )
+        reason = f"a distance between sets needs at least {MIN_IMAGES} images on each side, one has {min(m, n)}"
+        none = Estimate.none(reason, min(m, n))
+        return SetDistance(none, Halves.none(reason, min(m, n)), none, none)
     generator = stream(seed, "evaluate/frechet")
     features = real_NF.shape[1]
     note = (
@@ -111,26 +103,13 @@ def set_distance(synthetic_MF: np.ndarray, real_NF: np.ndarray, seed: int) -> Se
         else ""
     )
     everything = Estimate(frechet_distance(synthetic_MF, real_NF), n=min(m, n), reason=note)
-    size = min(m, n // 2, MAX_MATCHED)
     few = min(MAX_KERNEL, m), min(MAX_KERNEL, n)
     kernel = kernel_distance(
         *(side[generator.choice(len(side), k, replace=False)] for side, k in zip((synthetic_MF, real_NF), few))
     )
-    if size < MIN_IMAGES:
-        none = Estimate.none(f"halves of the real set need at least {2 * MIN_IMAGES} real images", n)
-        return SetDistance(everything, none, none, none, kernel, none)
-    matched, real, kernels = np.empty(DRAWS), np.empty(DRAWS), np.empty(DRAWS)
-    for draw in range(DRAWS):
-        made = synthetic_MF[generator.choice(m, size, replace=False)]
-        order = generator.permutation(n)
-        half, other = real_NF[order[:size]], real_NF[order[size : 2 * size]]
-        matched[draw], real[draw] = frechet_distance(made, half), frechet_distance(half, other)
-        kernels[draw] = kernel_distance(half, other).value or 0.0
-    smallest = float(real.mean())
-    if smallest <= 0:
-        ratio = Estimate.none("the real images are all the same", n)
-    else:
-        ratio = mean_of_draws(matched / smallest, size)
-    return SetDistance(
-        everything, mean_of_draws(matched, size), mean_of_draws(real, size), ratio, kernel, mean_of_draws(kernels, size)
-    )
+    halves = in_halves(synthetic_MF, real_NF, frechet_distance, generator, most=MAX_HALF)
+    if halves.real.value is None:
+        return SetDistance(everything, halves, kernel, halves.real)
+    size = halves.real.n
+    own = [kernel_distance(*two_halves(real_NF, size, generator)).value for _ in range(DRAWS)]
+    return SetDistance(everything, halves, kernel, over_halves(np.array(own), size))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from brainldm.base.tables import write_table
-from brainldm.cohort.quality import FALSE_POSITIVE_RATE, FEWEST_PEOPLE, FIGURES, Population
+from brainldm.cohort.quality import FALSE_POSITIVE_RATE, FEWEST_PEOPLE, FIGURES, UsualImages
 from brainldm.evaluate.estimate import Estimate, share
 from brainldm.evaluate.examine import Examined
 from brainldm.evaluate.measuring import inert
@@ -28,7 +28,7 @@ class Gate:
 
 def gate(synthetic: Sequence[Examined], real: Sequence[Examined]) -> Gate:
     """Holds the synthetic images against the real ones; nobody is judged where fewer than FEWEST_PEOPLE are real."""
-    population = Population.fitted(look.figures for look in real if look.figures is not None)
+    population = UsualImages.fitted(look.figures for look in real if look.figures is not None)
     if population is None:
         none = Estimate.none(
             f"it takes {FEWEST_PEOPLE} real images to say what is usual, there are {len(real)}", len(real)

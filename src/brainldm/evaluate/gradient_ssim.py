@@ -45,10 +45,10 @@ def gradient_maps(image_XYZ: np.ndarray) -> GradientMaps:
         raise ValueError(f"an image of {image_XYZ.shape} voxels: every side must have {SMALLEST_SIDE}")
     image = image_XYZ.astype(np.float32)
     gradient = _gradient(image)
-    mean, square = _gaussian(gradient), _gaussian(gradient * gradient)
+    mean, square = local_mean(gradient, KERNEL), local_mean(gradient * gradient, KERNEL)
     variance = np.maximum(square - mean * mean, 0)
     deviation = np.sqrt(variance + _STEADY * (square + mean * mean) / 2)
-    return GradientMaps(_cropped(_gaussian(image), 1), gradient, mean, deviation, variance)
+    return GradientMaps(_cropped(local_mean(image, KERNEL), 1), gradient, mean, deviation, variance)
 
 
 def four_region_ssim(
@@ -60,7 +60,7 @@ def four_region_ssim(
     the regions come from the first image, so the two orders of a pair differ slightly.
     """
     both = reference.deviation * other.deviation
-    covariance = _gaussian(reference.gradient * other.gradient) - reference.gradient_mean * other.gradient_mean
+    covariance = local_mean(reference.gradient * other.gradient, KERNEL) - reference.gradient_mean * other.gradient_mean
     structure = (covariance + C3) / (both + C3)
     flat, other_flat = reference.variance <= 0, other.variance <= 0
     structure = np.where(flat & other_flat, 1.0, np.where(flat ^ other_flat, 0.0, structure))
@@ -87,7 +87,7 @@ def four_region_ssim(
 
 def _regions(reference_gradient: np.ndarray, other_gradient: np.ndarray) -> np.ndarray:
     """0 preserved edge, 1 changed edge, 2 smooth, 3 texture: at each voxel where the local figures are valid."""
-    edge = (KERNEL - 1) // 2
+    edge = KERNEL // 2
     x, y = _cropped(reference_gradient, edge), _cropped(other_gradient, edge)
     largest = float(reference_gradient.max())
     in_x, in_y = x > EDGE * largest, y > EDGE * largest
@@ -114,12 +114,10 @@ def _gradient(image_XYZ: np.ndarray) -> np.ndarray:
     return _cropped(total, 1)
 
 
-def _gaussian(image_XYZ: np.ndarray) -> np.ndarray:
-    offsets = np.arange(KERNEL) - (KERNEL - 1) / 2
-    bell = np.exp(-((offsets / SIGMA_VOXELS) ** 2) / 2)
-    for axis in range(3):
-        image_XYZ = ndimage.correlate1d(image_XYZ, bell / bell.sum(), axis=axis, mode="constant")
-    return _cropped(image_XYZ, (KERNEL - 1) // 2)
+def local_mean(image_XYZ: np.ndarray, width: int) -> np.ndarray:
+    """The mean of the `width` voxels around each voxel in every direction, weighed by a Gaussian; valid part."""
+    edge = width // 2
+    return _cropped(ndimage.gaussian_filter(image_XYZ, SIGMA_VOXELS, mode="constant", radius=edge), edge)
 
 
 def _cropped(image_XYZ: np.ndarray, edge: int) -> np.ndarray:

@@ -123,9 +123,8 @@ def on_grid(volume: Volume, grid: JudgingGrid) -> np.ndarray:
     # Averaging over the larger voxel: the Gaussian whose width makes up the difference between the two voxel sizes.
     ratio = np.maximum(grid.voxel_mm / volume.voxel_mm, 1.0)
     smoothed = ndimage.gaussian_filter(volume.data_XYZ, 0.5 * np.sqrt(ratio**2 - 1), mode="nearest")
-    return ndimage.affine_transform(
-        smoothed, image_from_grid[:3, :3], image_from_grid[:3, 3], output_shape=shape, order=1, mode="constant"
-    ).astype(np.float32)
+    moved_XYZ = ndimage.affine_transform(smoothed, image_from_grid, output_shape=shape, order=1, mode="constant")
+    return moved_XYZ.astype(np.float32)
 
 
 def _whole_blocks(volume: Volume, grid: JudgingGrid) -> tuple[int, int, int] | None:

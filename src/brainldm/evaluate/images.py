@@ -18,6 +18,7 @@ from brainldm.base.errors import BadInput, BrainldmError
 from brainldm.base.files import PART_PREFIX, read_json
 from brainldm.base.manifest import Manifest
 from brainldm.base.tables import Table, read_table
+from brainldm.cohort.split import HELD_OUT
 
 Kind = Literal["synthetic", "prepared", "folder"]
 
@@ -30,7 +31,6 @@ COLUMNS_OF: dict[str, tuple[str, ...]] = {
 IMAGE_SUFFIXES = (".nii", ".nii.gz")
 # Files of a BIDS tree that are about an image, not an image of a brain.
 NOT_IMAGES = ("_mask", "_dseg", "_probseg", "_defacemask", "_xfm", "_warp")
-HELD_OUT_SPLITS = ("validation", "test")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class ImageFolder:
 
     @property
     def held_out(self) -> tuple[JudgedImage, ...]:
-        return tuple(image for image in self.images if image.split in HELD_OUT_SPLITS)
+        return tuple(image for image in self.images if image.split in HELD_OUT)
 
 
 def open_images(folder: str | Path, side: str) -> ImageFolder:

@@ -7,21 +7,28 @@ OUT/measured.jsonl    by image hash: a rerun measures only what is new
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import brainldm
 from brainldm.base.errors import BadInput, PartialFailure, UsageError
-from brainldm.base.files import locked_folder, sha256_of, write_json
+from brainldm.base.files import check_output_apart, locked_folder, sha256_of, write_json
 from brainldm.base.manifest import Manifest
 from brainldm.base.nifti import check_is_regular_file
+from brainldm.base.pool import check_workers
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.tables import read_table, write_table
 from brainldm.evaluate.conditioning import Agreement, agreement
 from brainldm.evaluate.examine import Examined
 from brainldm.evaluate.images import Failure, JudgedImage, bare, open_images, subject_of
 from brainldm.evaluate.measuring import Instrument, inert, measure
+
+# What somebody else found, by person and session ("" where the table names none).
+Known = dict[str, dict[str, float | None]]
+
+_COMPARED = "ventricles_mm3"
 
 
 @dataclass(frozen=True)
@@ -50,17 +57,18 @@ def check_instrument(
     out: Path,
     *,
     against: str | None = None,
-    covariate: str = "ventricles_mm3",
     instrument: Instrument | None = None,
     workers: int = 1,
     progress: Progress = Quiet(),  # stateless
 ) -> InstrumentCheck:
-    """Measures every scan in `study` and compares `covariate` with the column `against` of its participants.tsv.
+    """Measures every scan in `study` and compares the ventricles with the column `against` of its participants.tsv.
 
-    UsageError for a column that is not there; PartialFailure, after all is written, when scans could not be measured.
+    UsageError for a column that is not there, BadInput for two values of one person (and session); PartialFailure, after all is written, when scans could not be measured.
     """
     from brainldm.cohort.measure import TemplateMeasure
 
+    check_workers(workers)
+    check_output_apart(out, study)
     folder = open_images(study, "scans")
     known = {} if against is None else _known(study, against)
     instrument = TemplateMeasure() if instrument is None else instrument
@@ -84,10 +92,10 @@ def check_instrument(
         write_table(out / "measured.tsv", ["participant_id", "file", *names, *([against] if against else [])], rows)
         compared = None
         if against is not None:
-            compared = agreement([row[against] for row in rows], [row.get(covariate) for row in rows])
+            compared = agreement([row[against] for row in rows], [row.get(_COMPARED) for row in rows])
         measured = sum(look.sha256 in found.by_sha256 for look in looks)
         check = InstrumentCheck(instrument.name, measured, compared, tuple(failures))
-        content = {"software": {"brainldm": brainldm.__version__}, "covariate": covariate, "against": against}
+        content = {"software": {"brainldm": brainldm.__version__}, "covariate": _COMPARED, "against": against}
         write_json(out / "instrument.json", content | asdict(check))
     if failures:
         raise PartialFailure(
@@ -107,12 +115,17 @@ def _hash_of(image: JudgedImage) -> str:
         raise BadInput(f"cannot be read: {error.strerror}.", path=image.path, reason="unreadable") from error
 
 
-def _of_person(known: dict[str, float | None], image: JudgedImage) -> float | None:
-    """The person's value; an image of several that a person has is named by its path."""
-    return known.get(bare(image.participant_id), known.get(bare(subject_of(image.file))))
+def _of_person(known: Known, image: JudgedImage) -> float | None:
+    """The person's value, of the scan's session where the table names sessions; an image of several that a person has
+    is named by its path."""
+    values = known.get(bare(image.participant_id)) or known.get(bare(subject_of(image.file))) or {}
+    named = re.search(r"(?:^|[/_])ses-([^/_]+)", image.file)
+    if named is None and len(values) == 1:
+        return next(iter(values.values()))
+    return values.get("" if named is None else named[1], values.get(""))
 
 
-def _known(study: Path, column: str) -> dict[str, float | None]:
+def _known(study: Path, column: str) -> Known:
     """What the study's table holds in that column, by participant, with or without its sub-."""
     table = read_table(study / "participants.tsv")
     table.require("participant_id")
@@ -122,4 +135,18 @@ def _known(study: Path, column: str) -> dict[str, float | None]:
             remedy=f"Name one of: {', '.join(table.columns)}.",
             path=study,
         )
-    return {bare(cells["participant_id"]): table.number(row, column) for row, cells in enumerate(table.rows)}
+    known: Known = {}
+    first_line: dict[tuple[str, str], int] = {}
+    for row, cells in enumerate(table.rows):
+        person = bare(cells["participant_id"])
+        session = "" if table.is_missing(row, "session_id") else cells["session_id"].removeprefix("ses-")
+        value = table.number(row, column)
+        line = first_line.setdefault((person, session), table.lines[row])
+        if known.setdefault(person, {}).setdefault(session, value) != value:
+            raise table.fault(
+                row,
+                column,
+                f"is not what line {line} says of the same person.",
+                "Keep one row a person, or name the sessions in a column session_id.",
+            )
+    return known

@@ -67,7 +67,7 @@ class Findings:
 
 @dataclass
 class Judge:
-    """One evaluation of the images `made` against those of `people`; results of single images are kept in `out`.
+    """One evaluation of the images `made` against those of `people`; results of single images are kept in `cache`.
 
     With `held_out_only` the people compared with are those whom the model has not seen; copies are looked for among
     those it has.
@@ -76,6 +76,7 @@ class Judge:
     made: ImageFolder
     people: ImageFolder | None
     out: Path
+    cache: Path
     instrument: Instrument
     pairs: int
     seed: int
@@ -85,7 +86,6 @@ class Judge:
     predictors: Mapping[str, Instrument] = field(default_factory=dict)  # by covariate: age_years, sex
     spaces: Sequence[FeatureSpace] = ()
     tables: Mapping[str, Path] = field(default_factory=dict)  # volumes found elsewhere, by side
-    cache: Path | None = None  # where results of single images are kept, if not in `out`
     held_out_only: bool = False
     failures: list[Failure] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -93,7 +93,7 @@ class Judge:
     def run(self, *, show_real: bool) -> Findings:
         begun = time.monotonic()
         # Which images, on which grid
-        sample = () if self.people is None else self.drawn(self.compared_with(self.people), self.max_real, "real")
+        sample = () if self.people is None else self.sample_of(self.compared_with(self.people), self.max_real, "real")
         grid = judging_grid([[image.path for image in side] for side in (self.made.images, sample)])
         if grid is None:
             raise BadInput(
@@ -121,7 +121,7 @@ class Judge:
         for name, predictor in self.predictors.items():
             found[name] = self.predicted(synthetic, "synthetic", predictor), self.predicted(real, "real", predictor)
         rows = self.conditioning(synthetic, real, found, outside)
-        rows += self.diversity(synthetic, real, grid)
+        rows += self.in_pairs(synthetic, real, grid)
         rows += self.distribution(synthetic, real, measured, measured_real)
         copies = None
         if self.people is not None:
@@ -171,12 +171,12 @@ class Judge:
             )
         return people.held_out
 
-    def drawn(self, images: Sequence[JudgedImage], limit: int, side: str) -> tuple[JudgedImage, ...]:
+    def sample_of(self, images: Sequence[JudgedImage], limit: int, side: str) -> tuple[JudgedImage, ...]:
         """At most `limit` of the images, drawn at random, in their order."""
         return tuple(drawn(images, limit, stream(self.seed, f"evaluate/sample/{side}")))
 
     def examined(self, folder: ImageFolder, images: Sequence[JudgedImage], side: str, grid: JudgingGrid) -> Examination:
-        sketched = {image.file for image in self.drawn(images, MAX_SKETCHED, f"{side}/sketched")}
+        sketched = {image.file for image in self.sample_of(images, MAX_SKETCHED, f"{side}/sketched")}
         with self.timed("reading"):
             found = examine(images, side, grid, sketched=sketched, workers=self.workers, progress=self.progress)
         self.failures += [*folder.failures, *found.failures]
@@ -209,7 +209,7 @@ class Judge:
                 images,
                 side,
                 instrument,
-                Manifest((self.cache or self.out) / "measured.jsonl"),
+                Manifest(self.cache / "measured.jsonl"),
                 workers=self.workers,
                 progress=self.progress,
             )
@@ -259,7 +259,7 @@ class Judge:
             rows += conditioning_rows(covariate, groups, own)
         return rows
 
-    def diversity(self, synthetic: Examination, real: Examination, grid: JudgingGrid) -> list[Row]:
+    def in_pairs(self, synthetic: Examination, real: Examination, grid: JudgingGrid) -> list[Row]:
         def of(found: Examination, side: str) -> dict[str, Diversity]:
             images = [look.image for look in found.images]
             with self.timed("pairs"):
@@ -325,7 +325,7 @@ class Judge:
     def features(
         self, looks: Sequence[Examined], side: str, space: FeatureSpace, grid: JudgingGrid, *, mirrored: bool = False
     ) -> np.ndarray:
-        store = FeatureStore((self.cache or self.out) / "features", space, grid)
+        store = FeatureStore(self.cache / "features", space, grid)
         with self.timed("features"):
             return extract(looks, side, store, mirrored=mirrored, workers=self.workers, progress=self.progress)
 
@@ -335,7 +335,7 @@ class Judge:
         """The search for copies among the brain's voxels (None) and in each space of features."""
         assert self.people is not None
         training: Sequence[JudgedImage] = self.people.training
-        held_out = self.drawn(self.people.held_out, MAX_SKETCHED, "held-out")
+        held_out = self.sample_of(self.people.held_out, MAX_SKETCHED, "held-out")
         if not training:  # the folder does not say whom a model was trained on: everybody may have been
             training, held_out = self.people.images, ()
         mask = brain_mask(real.sketches)

@@ -1,8 +1,8 @@
 """What an instrument finds in the images: once per image and instrument, kept on disk, never mixed with what was asked.
 
-An instrument is any callable from a Volume to a dataclass of numbers (cohort.measure.VolumeMeasure is the first). What
-it found is kept in a manifest under the image's SHA-256 and the instrument's name, so that a killed run goes on where
-it stopped and a changed image is measured again.
+An instrument is any callable from a Volume to a dataclass of numbers, such as cohort.measure.TemplateMeasure. What it
+found is kept in a manifest under the image's SHA-256 and the instrument's name, so that a killed run goes on where it
+stopped and a changed image is measured again.
 """
 
 from __future__ import annotations

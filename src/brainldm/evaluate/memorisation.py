@@ -2,13 +2,15 @@
 
 A distance is the root-mean-square difference of two images' features, of the image as it is or mirrored, whichever is
 less. Two spaces are searched: the voxels of the brain at about 4 mm, which find plain, mirrored, noisy and slightly
-warped copies but not those shifted by such a voxel; and a network's features, which forgive shifts. Neither finds a
-copy of only a part of a person, and smooth images lie nearer to everybody; that is why synthetic images are also asked
-whether their nearest real person is one that the model has seen, which smoothness cannot change.
+warped copies and those shifted by half such a voxel, but few that are shifted by a whole one; and a network's features,
+which find copies of other grey values and sharpness, but (the random network's) few that are shifted at all. Neither
+finds a copy of only a part of a person for certain, and smooth images lie nearer to everybody; that is why synthetic
+images are also asked whether their nearest real person is one that the model has seen, which smoothness cannot change.
 
 Membership inference turns the question round: can somebody who holds only the synthetic images tell, by who lies near
 them, whether a person was in the training? The control plays the same game among training people alone, where there is
-nothing to tell.
+nothing to tell. It is an average over all training people, so a set that copies some of many moves it little: it finds
+a model that leaks in general, and not a few copies.
 """
 
 from __future__ import annotations

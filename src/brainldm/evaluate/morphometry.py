@@ -1,7 +1,7 @@
 """Is the anatomy that of real people? Volumes of regions: each region's difference, and all of them together.
 
 Together they are compared by the Wasserstein distance of the two clouds of people in the space of regional volumes (the
-idea of WASABI, arXiv 2504.21771), from sets of one size, beside two halves of the real set. Volumes may come from any
+idea of WASABI, arXiv 2504.21771), from halves of the sets (halves.py). Volumes may come from any
 instrument: SynthSeg's and FreeSurfer's tables, or the built-in measure.
 """
 
@@ -21,13 +21,12 @@ from brainldm.base.errors import BadInput
 from brainldm.base.files import locked_folder, write_json
 from brainldm.base.streams import stream
 from brainldm.base.tables import Table, read_table, write_table
-from brainldm.evaluate.estimate import CONFIDENCE, Estimate, mean_of_draws
+from brainldm.evaluate.estimate import CONFIDENCE, Estimate
+from brainldm.evaluate.halves import Halves, in_halves
 from brainldm.evaluate.measuring import inert
 
-DRAWS = 50
-MAX_MATCHED = 500  # people of a side in one distance, whose work grows with the cube; as WASABI
+MAX_HALF = 500  # people of a side in one distance, whose work grows with the cube; as WASABI
 MIN_REGIONS = 2
-MIN_PEOPLE = 4  # of a set in one distance
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,11 @@ class Region:
 
 @dataclass(frozen=True)
 class Morphometry:
-    """`regions`, largest difference first. `matched` is the Wasserstein distance of synthetic to real and `real` that
-    of real to real, in standard deviations a region, from sets of one size: means over random draws, with the range
-    that holds 95 % of them; `ratio` of the two."""
+    """`regions`, largest difference first; `halves` are of the Wasserstein distance, in standard deviations a region.
+    A set with too little variety lies nearer to real people than they do to each other; what is `beyond` does not."""
 
     regions: tuple[Region, ...]
-    matched: Estimate
-    real: Estimate
-    ratio: Estimate
+    halves: Halves
 
 
 def morphometry(
@@ -68,7 +64,7 @@ def morphometry(
     made, people = (np.array([[person[name] for name in names] for person in side]) for side in (synthetic, real))
     regions = [_region(name, made[:, column], people[:, column]) for column, name in enumerate(names)]
     regions.sort(key=lambda region: -abs(region.cohen_d.value or 0.0))
-    return Morphometry(tuple(regions), *_together(made, people, seed))
+    return Morphometry(tuple(regions), _together(made, people, seed))
 
 
 def _region(name: str, made: np.ndarray, people: np.ndarray) -> Region:
@@ -92,30 +88,16 @@ def cohen_d(made: np.ndarray, people: np.ndarray) -> Estimate:
     return Estimate(d, d - half, d + half, min(n, m), "Hedges-Olkin")
 
 
-def _together(made: np.ndarray, people: np.ndarray, seed: int) -> tuple[Estimate, Estimate, Estimate]:
-    m, n = len(made), len(people)
-    size = min(m, n // 2, MAX_MATCHED)
-    if size < MIN_PEOPLE:
-        needed = f"it needs {MIN_PEOPLE} synthetic and {2 * MIN_PEOPLE} real images"
-        none = Estimate.none(f"{needed}, there are {m} and {n}", min(m, n))
-        return none, none, none
+def _together(made: np.ndarray, people: np.ndarray, seed: int) -> Halves:
+    if len(people) < 2:
+        return Halves.none("a spread needs at least 2 real people, there is 1", 1)
     spread = people.std(axis=0, ddof=1)
     varied = spread > 0
     if not varied.any():
-        none = Estimate.none("the real people's volumes are all the same", n)
-        return none, none, none
+        return Halves.none("the real people's volumes are all the same", len(people))
     centre = people.mean(axis=0)
     made, people = ((side - centre)[:, varied] / spread[varied] for side in (made, people))
-    generator = stream(seed, "evaluate/morphometry")
-    matched, real = np.empty(DRAWS), np.empty(DRAWS)
-    for draw in range(DRAWS):
-        order = generator.permutation(n)
-        half, other = people[order[:size]], people[order[size : 2 * size]]
-        matched[draw] = wasserstein(made[generator.choice(m, size, replace=False)], half)
-        real[draw] = wasserstein(half, other)
-    mean = float(real.mean())
-    ratio = mean_of_draws(matched / mean, size) if mean > 0 else Estimate.none("the real people are all the same", n)
-    return mean_of_draws(matched, size), mean_of_draws(real, size), ratio
+    return in_halves(made, people, wasserstein, stream(seed, "evaluate/morphometry"), most=MAX_HALF)
 
 
 def wasserstein(first_NR: np.ndarray, second_NR: np.ndarray) -> float:

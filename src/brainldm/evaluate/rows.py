@@ -193,17 +193,18 @@ def feature_rows(found: SetDistance, space: FeatureSpace) -> list[Row]:
             GENERAL,
             same,
             "How far the sets lie apart in mean and covariance of the network's features; synthetic to real, and real "
-            "to real, from sets of one size. It depends on the network and on the number of images.",
-            found.matched,
-            found.real,
+            "to real, in random halves. It depends on the network and shrinks with the number of images.",
+            found.halves.across,
+            found.halves.real,
         ),
         (
-            "frechet_ratio",
-            "Frechet, times the real",
-            PLAIN,
-            "1",
-            "The row above divided by its reference, which takes network and number of images out of it.",
-            found.ratio,
+            "frechet_beyond",
+            "Frechet, beyond chance",
+            GENERAL,
+            "0",
+            "The row above less what two halves of one set lie apart (the mean of both sets): 0 on average for sets of "
+            "one population, of whatever size.",
+            found.halves.beyond,
             None,
         ),
         (
@@ -270,19 +271,20 @@ def region_rows(found: Morphometry) -> list[Row]:
             PLAIN,
             same,
             "How far people would have to be moved in the space of the volumes of regions (standard deviations of the "
-            "real, a region) to become the other set; from sets of one size. Every region is in regions.tsv.",
-            found.matched,
-            found.real,
+            "real, a region) to become the other set; in random halves. Every region is in regions.tsv.",
+            found.halves.across,
+            found.halves.real,
             same,
         ),
         Row(
             "distribution",
-            "regions.wasserstein_ratio",
-            f"{count} regions: times the real",
+            "regions.wasserstein_beyond",
+            f"{count} regions: beyond chance",
             PLAIN,
-            "1",
-            "The row above divided by its reference.",
-            found.ratio,
+            "0",
+            "The row above less what two halves of one set lie apart (the mean of both sets). Too little variety, "
+            "which makes the row above small, does not make this one so.",
+            found.halves.beyond,
         ),
         Row(
             "distribution",
@@ -446,7 +448,8 @@ def memorisation_rows(found: Memorisation, space: FeatureSpace | None) -> list[R
             PLAIN,
             "chance",
             "How well somebody who holds only the synthetic brains tells who was in the training, by who lies near one "
-            "of them. 0.5 is not at all; the reference is the same game among training people alone.",
+            "of them. 0.5 is not at all; the reference is the same game among training people alone. An average over "
+            "all of them: copies of a few do not show in it, but in the rows above.",
             found.membership,
             found.membership_by_chance,
             "members only",

@@ -26,14 +26,14 @@ import scipy
 
 import brainldm
 from brainldm.base.errors import BadInput, UsageError
-from brainldm.base.files import locked_folder, make_folder, write_json, write_text
-from brainldm.base.pool import kept_processes, usable_cpus
+from brainldm.base.files import check_output_apart, locked_folder, make_folder, write_json, write_text
+from brainldm.base.pool import check_workers, kept_processes, usable_cpus
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.tables import write_table
 from brainldm.evaluate import gradient_ssim, printed
 from brainldm.evaluate.caveats import caveats
 from brainldm.evaluate.curves import learning_curves
-from brainldm.evaluate.diversity import KERNEL, SIGMA_VOXELS, scale_weights
+from brainldm.evaluate.diversity import KERNEL, scale_weights
 from brainldm.evaluate.examine import Examination
 from brainldm.evaluate.features import FeatureSpace
 from brainldm.evaluate.images import Failure, ImageFolder, open_images
@@ -129,7 +129,7 @@ def evaluate_dataset(
     real: str | Path | ImageFolder | None,
     out: str | Path,
     *,
-    measure: Instrument | None = None,
+    instrument: Instrument | None = None,
     pairs: int = 1000,
     seed: int = 0,
     workers: int | None = None,
@@ -146,19 +146,21 @@ def evaluate_dataset(
     """Judges the images in `synth` against those in `real`, writes everything below `out` and returns the scorecard.
     Either is a folder, or images listed already.
 
-    `measure` finds volumes in images (by default the one without trained weights). At most `max_real` real images,
+    `instrument` finds volumes in images (by default the one without trained weights). At most `max_real` real images,
     drawn at random, are measured and compared as a set (with `held_out_only` among those that the folder marks as held
     out); the search for copies looks at every training image. `runs` is a training run whose curves go along;
     `predictors` are folders of trained predictors of age and sex; `features` name the spaces in which sets are compared
     (networks.space_named). `volumes` are tables of SynthSeg or FreeSurfer for the synthetic and the real images,
-    instead of `measure`. What is found in single images is kept in `cache` (default: `out`), which several evaluations
-    may share, one after the other.
+    instead of `instrument`. What is found in single images is kept in `cache` (default: `out`), which several
+    evaluations may share, one after the other.
 
     Images that cannot be judged are listed in failures.tsv (and in `.failures`) and the rest is judged; BadInput when
     there is nothing to judge.
     """
     if pairs < 1 or max_real < 1:
         raise UsageError("the numbers of pairs and of real images must be at least 1.")
+    workers = usable_cpus() if workers is None else workers
+    check_workers(workers)
     out = Path(out)
     made = synth if isinstance(synth, ImageFolder) else open_images(synth, "synthetic")
     people = real if real is None or isinstance(real, ImageFolder) else open_images(real, "real")
@@ -168,16 +170,16 @@ def evaluate_dataset(
         made,
         people,
         out,
-        measure or _default_measure(),
+        cache or out,
+        instrument or _default_instrument(),
         pairs,
         seed,
-        workers or usable_cpus(),
+        workers,
         max_real,
         progress,
         _read_predictors(predictors),
         feature_spaces(features),
         _volume_tables(volumes, people is not None),
-        cache,
         held_out_only,
     )
     with locked_folder(out), kept_processes():
@@ -207,7 +209,7 @@ def _scorecard(judge: Judge, found: Findings) -> Scorecard:
         "held_out_only": judge.held_out_only,
         "ms_ssim": {
             "kernel": KERNEL,
-            "sigma_voxels": SIGMA_VOXELS,
+            "sigma_voxels": gradient_ssim.SIGMA_VOXELS,
             "data_range": 1,
             "scales": len(weights),
             "weights": list(weights),
@@ -255,11 +257,7 @@ def _side(folder: ImageFolder, out: Path, sampled: int, found: Examination) -> S
 
 
 def _check_output(out: Path, inputs: Sequence[Path]) -> None:
-    for folder in inputs:
-        if out.resolve() == folder.resolve():
-            raise UsageError(
-                "the output is one of the folders to be judged.", remedy="Choose a folder of its own.", path=out
-            )
+    check_output_apart(out, *inputs)
     if out.is_dir():
         there = {path.name for path in out.iterdir() if not path.name.startswith(".")}
         if there and not there & OURS:
@@ -307,7 +305,12 @@ def _volume_tables(volumes: tuple[str | Path | None, str | Path | None] | None, 
             "volumes of one side only: the two would be measured by different instruments.",
             remedy="Give --volumes and, where there is a --real, --real-volumes, both by the same program.",
         )
-    return {"synthetic": Path(synthetic)} | ({} if of_real is None else {"real": Path(of_real)})
+    tables = {"synthetic": Path(synthetic)} | ({} if of_real is None else {"real": Path(of_real)})
+    from brainldm.cohort.measure import measured_from_tables
+
+    for table in tables.values():
+        measured_from_tables(table)  # what is wrong with them is said before images are read
+    return tables
 
 
 def feature_spaces(names: Sequence[str]) -> list[FeatureSpace]:
@@ -319,7 +322,7 @@ def feature_spaces(names: Sequence[str]) -> list[FeatureSpace]:
     return [space_named(name) for name in names]
 
 
-def _default_measure() -> Instrument:
+def _default_instrument() -> Instrument:
     from brainldm.cohort.measure import TemplateMeasure
 
     return TemplateMeasure()

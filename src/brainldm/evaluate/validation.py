@@ -21,7 +21,8 @@ import numpy as np
 from scipy import ndimage
 
 from brainldm.base.errors import BadInput
-from brainldm.base.files import locked_folder, write_json
+from brainldm.base.files import check_output_apart, locked_folder, write_json
+from brainldm.base.pool import check_workers
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import drawn, stream
 from brainldm.evaluate.distribution import brain_mask
@@ -45,19 +46,19 @@ VOXELS = "voxels at 4 mm"
 # ---------------------------------------------------------------------------------------------------------- alterations
 
 
-def exact(image_XYZ: np.ndarray, grid: JudgingGrid, drawn: np.random.Generator) -> np.ndarray:
+def exact(image_XYZ: np.ndarray, grid: JudgingGrid, draws: np.random.Generator) -> np.ndarray:
     return image_XYZ
 
 
-def mirrored(image_XYZ: np.ndarray, grid: JudgingGrid, drawn: np.random.Generator) -> np.ndarray:
+def mirrored(image_XYZ: np.ndarray, grid: JudgingGrid, draws: np.random.Generator) -> np.ndarray:
     return image_XYZ[::-1]
 
 
-def noisy(image_XYZ: np.ndarray, grid: JudgingGrid, drawn: np.random.Generator) -> np.ndarray:
-    return np.clip(image_XYZ + NOISE * drawn.standard_normal(image_XYZ.shape, np.float32), 0, 1)
+def noisy(image_XYZ: np.ndarray, grid: JudgingGrid, draws: np.random.Generator) -> np.ndarray:
+    return np.clip(image_XYZ + NOISE * draws.standard_normal(image_XYZ.shape, np.float32), 0, 1)
 
 
-def resampled(image_XYZ: np.ndarray, grid: JudgingGrid, drawn: np.random.Generator) -> np.ndarray:
+def resampled(image_XYZ: np.ndarray, grid: JudgingGrid, draws: np.random.Generator) -> np.ndarray:
     """To voxels a third larger and back, each time averaged over the larger voxel or interpolated linearly."""
     coarse = ndimage.gaussian_filter(image_XYZ, 0.5 * np.sqrt(COARSER**2 - 1))
     shape = [int(np.ceil(n / COARSER)) for n in image_XYZ.shape]
@@ -65,12 +66,12 @@ def resampled(image_XYZ: np.ndarray, grid: JudgingGrid, drawn: np.random.Generat
     return ndimage.affine_transform(coarse, [1 / COARSER] * 3, output_shape=image_XYZ.shape, order=1)
 
 
-def warped(image_XYZ: np.ndarray, grid: JudgingGrid, drawn: np.random.Generator) -> np.ndarray:
+def warped(image_XYZ: np.ndarray, grid: JudgingGrid, draws: np.random.Generator) -> np.ndarray:
     """Bent smoothly, by WARP_MM (root mean square) along each axis."""
     places = np.indices(image_XYZ.shape, dtype=np.float32)
     for axis, voxel_mm in enumerate(grid.voxel_mm):
         field = ndimage.gaussian_filter(
-            drawn.standard_normal(image_XYZ.shape, np.float32), WARP_SMOOTHNESS_MM / grid.voxel_mm / 2
+            draws.standard_normal(image_XYZ.shape, np.float32), WARP_SMOOTHNESS_MM / grid.voxel_mm / 2
         )
         places[axis] += field / field.std() * WARP_MM / voxel_mm
     return ndimage.map_coordinates(image_XYZ, places, order=1)
@@ -139,18 +140,20 @@ def validate(
     out: Path,
     *,
     features: Sequence[str] = ("random",),
-    measure: Instrument | None = None,
+    instrument: Instrument | None = None,
     pairs: int = 200,
     seed: int = 0,
     workers: int = 1,
     progress: Progress = Quiet(),  # stateless
 ) -> Validation:
     """Runs all three on the people in `folder` (a prepared cohort, or images that lie in one space) and writes `out`.
-    Images that cannot be judged are listed in `.failures` and in validation.json, and the rest is used. `measure` finds
-    volumes, by default the instrument without trained weights. Of more than MOST_PEOPLE, so many drawn at random.
+    Images that cannot be judged are listed in `.failures` and in validation.json, and the rest is used. `instrument`
+    finds volumes, by default without trained weights. Of more than MOST_PEOPLE, so many drawn at random.
 
     BadInput where there are fewer than MIN_PEOPLE.
     """
+    check_workers(workers)
+    check_output_apart(out, folder)
     people = open_images(folder, "real")
     grid = judging_grid([[image.path for image in people.images]])
     found = Examination((), ()) if grid is None else _looked_at(people, grid, seed, workers, progress)
@@ -168,7 +171,7 @@ def validate(
         nearer = {space: _nearer(kinds) for space, kinds in altered.items()}
         planted = tuple(_planted(space, kinds, seed) for space, kinds in altered.items())
         halves = out / "real_against_real"
-        card = _real_against_real(people, looks, halves, features, measure, pairs, seed, workers, progress)
+        card = _real_against_real(people, looks, halves, features, instrument, pairs, seed, workers, progress)
         failures = (*people.failures, *found.failures)
         validation = Validation(len(looks), seed, nearer, planted, card, failures)
         settings = {"noise": NOISE, "coarser": COARSER, "warp_mm": WARP_MM, "warp_smoothness_mm": WARP_SMOOTHNESS_MM}
@@ -269,7 +272,7 @@ def _real_against_real(
     looks: Sequence[Examined],
     out: Path,
     features: Sequence[str],
-    measure: Instrument | None,
+    instrument: Instrument | None,
     pairs: int,
     seed: int,
     workers: int,
@@ -288,7 +291,7 @@ def _real_against_real(
         replace(people, images=as_real, planned=len(as_real), failures=()),
         out,
         features=features,
-        measure=measure,
+        instrument=instrument,
         pairs=pairs,
         seed=seed,
         workers=workers,

@@ -109,12 +109,7 @@ def write_description(out: Path, facts: dict[str, Any], rows: list[PlanRow]) -> 
     name, maker = f"Synthetic brains of {model['name']}", MAKERS[model["kind"]]
     write_json(
         out / "dataset_description.json",
-        dataset_description(
-            name,
-            f"Synthetic images from {maker}",
-            licence=model["licence"],
-            sources=[],
-        ),
+        dataset_description(name, f"Synthetic images from {maker}", licence=model["licence"]),
     )
     write_text(out / "README.md", _README.format(name=name, n=len(rows), maker=maker))
     write_text(out / ".bidsignore", "plan.tsv\ngeneration.json\nmanifest.jsonl\nfailures.tsv\nindex.html\nfigure.png\n")

@@ -7,18 +7,22 @@ distribution given the rest, each row from a stream of its own, so that row i is
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from brainldm.base.covariates import COVARIATES, CovariateModel, CovariateRanges, Covariates, parse_sex
+from brainldm.base.covariates import COVARIATES, CovariateRanges, Covariates, implausible
 from brainldm.base.errors import UsageError
+from brainldm.base.joint import CovariateModel
+from brainldm.base.quantities import parse_sex
 from brainldm.base.streams import stream
-from brainldm.base.tables import read_table, write_table
+from brainldm.base.tables import Table, read_table, write_table
 
 COLUMNS = ("index", "participant_id", "sex", "age_years", "ventricles_mm3", "brain_mm3", "extrapolated")
+MOST_BRAINS = 1_000_000  # of one dataset: its ids have six digits
 
 
 @dataclass(frozen=True)
@@ -56,23 +60,25 @@ def make_plan(
     allow_extrapolation: bool = False,
 ) -> list[PlanRow]:
     """Rows for the covariates asked: the product of all sweeps, repeated to fill `n` rows (by default once, or 16 rows
-    when nothing is swept). UsageError for a value outside the training ranges, unless extrapolation is allowed, and for
-    a covariate left open with a model that does not know its people's distribution."""
+    when nothing is swept). UsageError for a value outside the training ranges, unless extrapolation is allowed, for a
+    covariate left open with a model that does not know its people's distribution, and for more than MOST_BRAINS."""
     unknown = set(asked) - set(COVARIATES)
     if unknown:
         raise UsageError(f"unknown covariate {sorted(unknown)[0]!r}.", remedy=f"Known: {', '.join(COVARIATES)}.")
     names = [name for name in COVARIATES if name in asked]
-    grid = list(itertools.product(*(asked[name].values() for name in names)))
+    combinations = math.prod(asked[name].count for name in names)
     if n is None:
-        n = len(grid) if len(grid) > 1 else 16
+        n = combinations if combinations > 1 else 16
     if n < 1:
         raise UsageError(f"{n} brains were asked for.", remedy="Ask for at least 1.")
+    _check_most(max(n, combinations))
     if len(names) < len(COVARIATES) and joint is None:
         missing = [name for name in COVARIATES if name not in names]
         raise UsageError(
             f"this model does not know how {', '.join(missing)} is distributed in its training people.",
             remedy="Give a value for every covariate.",
         )
+    grid = list(itertools.product(*(asked[name].values() for name in names)))
     rows = []
     for index in range(n):
         given = dict(zip(names, grid[index % len(grid)]))
@@ -83,6 +89,14 @@ def make_plan(
             covariates = joint.draw(stream(seed, "plan", index), given)
         rows.append(PlanRow(index, covariates))
     return check_ranges(rows, ranges, allow_extrapolation=allow_extrapolation)
+
+
+def _check_most(brains: int) -> None:
+    if brains > MOST_BRAINS:
+        raise UsageError(
+            f"{brains} brains were asked for, and a dataset holds at most {MOST_BRAINS}.",
+            remedy="Make several datasets, each with a seed of its own.",
+        )
 
 
 def check_ranges(rows: list[PlanRow], ranges: CovariateRanges, *, allow_extrapolation: bool) -> list[PlanRow]:
@@ -122,10 +136,12 @@ def write_plan(path: Path, rows: list[PlanRow]) -> None:
 def read_plan(path: Path) -> list[PlanRow]:
     """The plan in a TSV: the covariates in physical units by their names, `index` optional (else counted from 0).
 
-    BadInput by line and column for what is missing or no number; the indices must be 0, 1, 2, ...
+    BadInput by line and column for what is missing or no number, an age that nobody has, and a volume that only as
+    millilitres is somebody's (unless the column `extrapolated` names it); the indices must be 0, 1, 2, ...
     """
     table = read_table(path)
     table.require(*COVARIATES)
+    _check_most(len(table))
     rows = []
     for position in range(len(table)):
         index = position
@@ -138,6 +154,7 @@ def read_plan(path: Path) -> list[PlanRow]:
             number = table.number(position, name)
             if number is None:
                 raise table.fault(position, name, "is missing.", "Every covariate of a plan has a value.")
+            _check_unit(table, position, name, number)
             values[name] = number
         try:
             sex = parse_sex(table.rows[position]["sex"])
@@ -147,3 +164,13 @@ def read_plan(path: Path) -> list[PlanRow]:
     if not rows:
         raise UsageError("the plan has no rows.", path=path)
     return rows
+
+
+def _check_unit(table: Table, row: int, name: str, value: float) -> None:
+    """BadInput for a slip of the unit. Volumes beyond people's, below 0 too, may be asked for: the paper does."""
+    fault = implausible(name, value)
+    if name == "age_years" and fault:
+        raise table.fault(row, name, f"{fault}.", "Write the age in years.")
+    marked = table.rows[row].get("extrapolated", "").split(",")
+    if fault and value > 0 and not implausible(name, 1000 * value) and name not in marked:
+        raise table.fault(row, name, f"{fault}.", "Write volumes in mm^3.")

@@ -7,7 +7,7 @@ interrupted run that is taken up again does the same arithmetic as one that neve
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 import brainldm
+from brainldm.base.counts import counted
 from brainldm.base.errors import PartialFailure, UsageError
-from brainldm.base.files import locked_folder, read_json, write_json
+from brainldm.base.files import locked_folder, read_json_object, write_json
 from brainldm.base.manifest import Manifest
 from brainldm.base.nifti import Dtype
 from brainldm.base.progress import Progress, Quiet
@@ -24,7 +25,7 @@ from brainldm.base.streams import stream
 from brainldm.base.tables import write_table
 from brainldm.base.volume import Grid
 from brainldm.cohort.normalise import drawn_into_unit_range
-from brainldm.cohort.quality import Population, figures_of
+from brainldm.cohort.quality import UsualImages, figures_of
 from brainldm.diffusion.solvers import DEFAULT_SAMPLER, SAMPLERS, sampler_named
 from brainldm.generate.dataset import as_bundle, bundle_grid, image_name, write_description, write_image
 from brainldm.generate.plan import PlanRow, read_plan, write_plan
@@ -53,11 +54,9 @@ class GenerateSettings:
 
 @dataclass(frozen=True)
 class GenerateSummary:
-    folder: Path
     made: int
     were_there: int
     redrawn: int
-    failed: dict[int, str] = field(default_factory=dict)
 
 
 def generate(
@@ -70,8 +69,8 @@ def generate(
 ) -> GenerateSummary:
     """Makes every row of the plan that `out` does not hold yet, as a BIDS derivative.
 
-    The plan and the settings are written before the first brain; `out` must be empty or hold the same (where it holds
-    every brain already, it may have been made on another device). An image that is not finite or empty is drawn again
+    The plan and the settings are written before the first brain; `out` must be empty or hold the same, or the first
+    rows of it (where it holds every brain already, it may have been made on another device). An image that is not finite or empty is drawn again
     from the row's next stream, up to three times; rows that stay so are listed in failures.tsv and PartialFailure is
     raised after all others are done.
     """
@@ -79,7 +78,7 @@ def generate(
     population = _population(model.description) if settings.gate else None
     with locked_folder(out):
         manifest = Manifest(out / "manifest.jsonl")
-        proven = manifest.proven(out)
+        proven = manifest.proven(out, full=True)  # a millisecond a brain
         missing = [row for row in rows if row.index not in proven]
         facts = _record_or_compare(out, _facts(model, settings, len(rows)), rows, whole=not missing)
         write_description(out, facts, rows)
@@ -108,8 +107,10 @@ def generate(
                     attempt=attempt,
                 )
             progress.advance(0, note=f"{batch[-1].index + 1} of {len(rows)} brains")
+        if failed:
+            write_description(out, facts, [row for row in rows if row.index not in failed])
         _report_failures(out, rows, failed)
-    return GenerateSummary(out, len(missing) - len(failed), len(proven), redrawn)
+    return GenerateSummary(len(missing) - len(failed), len(proven), redrawn)
 
 
 def check_settings(description: LatentDiffusionDescription | GanDescription, settings: GenerateSettings) -> None:
@@ -151,13 +152,13 @@ def _passes(description: LatentDiffusionDescription | GanDescription, settings: 
     return len(SAMPLERS[settings.sampler].timesteps(description.schedule.build(), _steps(settings)))
 
 
-def _population(description: LatentDiffusionDescription | GanDescription) -> Population:
+def _population(description: LatentDiffusionDescription | GanDescription) -> UsualImages:
     if description.quality is None:
         raise UsageError(
             "this model does not say what its training images look like, so --gate has nothing to compare with.",
             remedy="Leave --gate out, or train on 20 people or more with this version.",
         )
-    return Population.from_json(description.quality)
+    return UsualImages.from_json(description.quality)
 
 
 def _written_grid(grid: Grid, settings: GenerateSettings) -> Grid:
@@ -217,8 +218,8 @@ _MAY_DIFFER_OF_A_WHOLE = ("device", "precision", "batch")
 
 
 def _record_or_compare(out: Path, facts: dict[str, Any], rows: list[PlanRow], *, whole: bool) -> dict[str, Any]:
-    """The facts of the dataset in `out`: `facts`, written where there are none yet, or what is recorded of a `whole`
-    one. UsageError where it is another."""
+    """The facts of the dataset in `out`: `facts`, written where there are none yet or fewer brains were asked for, or
+    what is recorded of a `whole` one. UsageError where it is another."""
     path = out / RECORD_NAME
     if not path.exists():
         if any(out.glob("[!.]*")):
@@ -226,8 +227,9 @@ def _record_or_compare(out: Path, facts: dict[str, Any], rows: list[PlanRow], *,
         write_json(path, facts)
         write_plan(out / "plan.tsv", rows)
         return facts
-    recorded = read_json(path)
-    may_differ = _MAY_DIFFER + (_MAY_DIFFER_OF_A_WHOLE if whole else ())
+    recorded = read_json_object(path, n=int)
+    grows = recorded["n"] < len(rows)
+    may_differ = _MAY_DIFFER + (_MAY_DIFFER_OF_A_WHOLE if whole else ()) + (("n",) if grows else ())
     different = [
         f"{name}: {recorded.get(name)!r} there, {value!r} now"
         for name, value in facts.items()
@@ -236,14 +238,20 @@ def _record_or_compare(out: Path, facts: dict[str, Any], rows: list[PlanRow], *,
     plan = out / "plan.tsv"
     if not different and not plan.exists():
         write_plan(plan, rows)  # stopped between the two files, so before the first brain
-    if not different and [row.covariates for row in read_plan(plan)] != [row.covariates for row in rows]:
-        different = ["plan: other covariates"]
+    there = [] if different else [row.covariates for row in read_plan(plan)]
+    asked = [row.covariates for row in rows]
+    if there != (asked[: len(there)] if grows else asked):
+        different = different or ["plan: other covariates"]
     if different:
         raise UsageError(
             f"this folder holds another dataset; it differs in {'; '.join(different[:3])}.",
             remedy="Give the same command to finish it, or another folder.",
             path=out,
         )
+    if grows:  # row i is the same whatever the number of rows
+        write_plan(plan, rows)
+        write_json(path, facts)
+        return facts
     return recorded if whole else facts
 
 
@@ -256,7 +264,7 @@ def _sample_until_sound(
     model: LatentDiffusion | GanModel,
     batch: list[PlanRow],
     settings: GenerateSettings,
-    population: Population | None,
+    population: UsualImages | None,
     progress: Progress,
 ) -> tuple[list[np.ndarray | None], list[int], list[str]]:
     """Images of the batch, None where no attempt gave one, how many attempts before it each took, and what spoke
@@ -288,7 +296,7 @@ def _sample_until_sound(
     return images, attempts, objections
 
 
-def objection_to(image_XYZ: np.ndarray, population: Population | None, voxel_mm: float) -> str:
+def objection_to(image_XYZ: np.ndarray, population: UsualImages | None, voxel_mm: float) -> str:
     """Why an image is not kept, in words; empty when it is."""
     if not is_sound(image_XYZ):
         return "it is not finite or empty"
@@ -334,6 +342,6 @@ def _report_failures(out: Path, rows: list[PlanRow], failed: dict[int, str]) -> 
         ),
     )
     raise PartialFailure(
-        f"{len(failed)} of {len(rows)} brains could not be made; they are listed in failures.tsv, the rest is done.",
+        f"{len(failed)} of {counted(len(rows), 'brain')} could not be made; they are listed in failures.tsv, the rest is done.",
         path=out,
     )

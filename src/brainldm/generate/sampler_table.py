@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 import brainldm
-from brainldm.base.covariates import COVARIATES, CovariateModel, CovariateRanges
+from brainldm.base.covariates import COVARIATES, CovariateRanges
 from brainldm.base.errors import UsageError
 from brainldm.base.files import make_folder, write_json
+from brainldm.base.joint import CovariateModel
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import stream
 from brainldm.diffusion.solvers import SAMPLERS

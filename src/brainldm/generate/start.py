@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from brainldm.base.counts import counted
 from brainldm.base.errors import EnvironmentProblem, UsageError
-from brainldm.base.files import read_json
+from brainldm.base.files import read_json_object
 from brainldm.diffusion.solvers import SAMPLERS
 from brainldm.generate.plan import PlanRow
 from brainldm.generate.run import RECORD_NAME, GenerateSettings, check_settings
@@ -25,14 +26,13 @@ from brainldm.model.precision import choose_device, choose_precision, told_preci
 
 @dataclass(frozen=True)
 class Ready:
-    """All that is decided before a model is loaded to sample. `seconds` is 0 where a pass is all it takes."""
+    """All that is decided before a model is loaded to sample."""
 
     model: Path
     settings: GenerateSettings
     device: torch.device
     precision: str
     memory: MemoryPlan
-    seconds: float
     compiles: bool = False
 
     def load(self) -> LatentDiffusion | GanModel:
@@ -71,7 +71,7 @@ def start(
     chosen = choose_precision(precision, where)
     if compiles and where.type != "cuda":
         raise UsageError("--compile is for CUDA; on a CPU weights are packed instead.", remedy="Leave --compile out.")
-    brains = "1 brain" if len(rows) == 1 else f"{len(rows)} brains"
+    brains = counted(len(rows), "brain")
     if isinstance(description, GanDescription):
         if max_memory is not None or compiles:
             raise UsageError(
@@ -79,10 +79,10 @@ def start(
                 remedy="Leave them out.",
             )
         say(f"{brains}, one pass each, on {told_precision(where, chosen)}.")
-        return Ready(model, settings, where, chosen, MemoryPlan(), 0.0)
+        return Ready(model, settings, where, chosen, MemoryPlan())
     limit = None if max_memory is None else parse_memory(max_memory)
     if may_shrink_batch and begun is not None and (begun / RECORD_NAME).is_file():
-        settings = replace(settings, batch=int(read_json(begun / RECORD_NAME)["batch"]))
+        settings = replace(settings, batch=read_json_object(begun / RECORD_NAME, batch=int)["batch"])
         may_shrink_batch = False
     batches = [settings.batch]
     while may_shrink_batch and batches[-1] > 1:
@@ -110,7 +110,7 @@ def start(
         f"{brains}{together}, {steps} {settings.sampler} steps each, on {told_precision(where, chosen)}: "
         f"about {_duration(seconds)} and at most {gigabytes(memory.peak_bytes)} of memory."
     )
-    return Ready(model, replace(settings, batch=batch), where, chosen, memory, seconds, compiles)
+    return Ready(model, replace(settings, batch=batch), where, chosen, memory, compiles)
 
 
 def parse_memory(text: str) -> int:

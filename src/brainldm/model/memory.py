@@ -107,10 +107,10 @@ def _ways_to_decode(
 def gigabytes(count: int) -> str:
     """3.2 GB, in the units that --max-memory takes.
 
-    >>> gigabytes(3_200_000_000)
-    '3.2 GB'
+    >>> gigabytes(3_200_000_000), gigabytes(1_000_000)
+    ('3.2 GB', '1 MB')
     """
-    return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def parameters(config: UNetConfig) -> tuple[int, int]:

@@ -1,6 +1,7 @@
-"""A run is a Python function that returns a config; its docstring says what it costs and what to expect.
+"""Everything that is made in several steps. A training is a function that returns a config, and its docstring says what
+it costs and what to expect; the others go through several commands: figures, tables, a model's card.
 
-The list below is what `brainldm train RECIPE` knows.
+The list below is what `brainldm train RECIPE` knows of latent diffusion; it also trains predictors and GANs.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from brainldm.base.errors import BadInput, PartialFailure
 from brainldm.base.pool import each_in_a_pool
 from brainldm.base.progress import Progress
 from brainldm.base.tables import read_table
+from brainldm.cohort.dataset import PreparedRow
+from brainldm.evaluate.conditioning import agreement
 from brainldm.evaluate.estimate import Estimate, mean, share
 from brainldm.evaluate.images import JudgedImage
 from brainldm.evaluate.measuring import Instrument, measure_one
@@ -23,7 +25,7 @@ from brainldm.evaluate.scorecard import Scorecard
 from brainldm.generate.dataset import image_name
 from brainldm.generate.plan import read_plan
 from brainldm.recipes.figures import figure_4, make_figure
-from brainldm.recipes.reconstruction import FIGURES
+from brainldm.recipes.reconstruction import FIGURES, PhantomStudy
 
 NOISES = 5  # of Figure 4: one brain a value could be monotone by luck
 
@@ -43,7 +45,8 @@ def _at_least(estimate: Estimate | None, least: float) -> bool:
 def judged_figures(card: Scorecard, seed: int) -> dict[str, Any]:
     """What the targets are about, from the scorecard's rows: value, target, and what can be reached at all.
 
-    `alone` is the instrument's or the predictor's own figure on the held-out people, whose recorded values are known.
+    `alone` is the same for the held-out people: how the instrument repeats what was recorded of them, itself measured
+    in their scans (instrument_figures tells how far that is from the truth), and what the predictor says of them.
     """
     volumes, slope = card.row("ventricles_mm3.pearson_r"), card.row("ventricles_mm3.slope")
     straight = _at_least(slope.synthetic, 0.95) and not _at_least(slope.synthetic, np.nextafter(1.05, 2))
@@ -116,6 +119,20 @@ def judged_figures(card: Scorecard, seed: int) -> dict[str, Any]:
         figure="share of brains that the gate rejects as unlike the held-out phantoms",
         by_design=figure(implausible.reference, seed),
     )
+    return found
+
+
+def instrument_figures(people: Sequence[PreparedRow], study: PhantomStudy, seed: int) -> dict[str, Any]:
+    """How the volumes recorded of phantoms follow those that they have, by volume: r, slope, and bias in mm^3."""
+    table = read_table(study.folder / "participants.tsv")
+    truth = {cells["participant_id"]: row for row, cells in enumerate(table.rows)}
+    found = {}
+    for name in VOLUMES:
+        true_mm3 = [table.number(truth[row.participant_id], name) for row in people]
+        agrees = agreement(true_mm3, [getattr(row.covariates, name) for row in people])
+        found[name] = figure(
+            agrees.pearson_r, seed, slope=figure(agrees.slope, seed), bias_mm3=figure(agrees.bias, seed)
+        )
     return found
 
 

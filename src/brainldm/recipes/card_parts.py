@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from brainldm.base.errors import BadInput, UsageError
+from brainldm.base.volume import same_voxels
 from brainldm.cohort.dataset import PreparedCohort, PreparedRow
 from brainldm.cohort.predictor import Predictor, read_predictor
 from brainldm.model.folder import find_model, load_latent_diffusion
@@ -57,7 +56,7 @@ def open_parts(
         f"predictor of {name}": predictor.grid for name, predictor in predictors.items()
     }
     for what, grid in grids.items():
-        if grid.shape_XYZ != prepared.grid.shape_XYZ or not np.allclose(grid.affine, prepared.grid.affine, atol=1e-3):
+        if not same_voxels(grid, prepared.grid):
             raise UsageError(
                 f"the {what} is of {grid.shape_XYZ} voxels of {grid.voxel_mm:g} mm, the cohort of "
                 f"{prepared.grid.shape_XYZ} of {prepared.grid.voxel_mm:g} mm.",

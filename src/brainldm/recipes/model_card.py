@@ -11,10 +11,7 @@ The same command goes on with what an interrupted one left, and makes nothing tw
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ import torch
 
 import brainldm
 from brainldm.base.errors import UsageError
-from brainldm.base.files import locked_folder, read_json, write_json, write_text
+from brainldm.base.files import locked_folder, write_json, write_text
 from brainldm.base.manifest import Manifest
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import drawn, stream
@@ -32,15 +29,19 @@ from brainldm.cohort.measure import TemplateMeasure
 from brainldm.evaluate.measuring import Instrument
 from brainldm.evaluate.scorecard import evaluate_dataset
 from brainldm.generate.plan import make_plan
-from brainldm.generate.run import GenerateSettings, generate
-from brainldm.generate.start import start
-from brainldm.model.precision import device_name
+from brainldm.generate.run import GenerateSettings
 from brainldm.recipes.card_facts import commands, model_facts, settings_facts, training_facts
-from brainldm.recipes.card_figures import extrapolation_figures, judged_figures, reconstruction_figures
-from brainldm.recipes.card_parts import CardParts, open_parts
+from brainldm.recipes.card_figures import (
+    extrapolation_figures,
+    instrument_figures,
+    judged_figures,
+    reconstruction_figures,
+)
+from brainldm.recipes.card_parts import open_parts
 from brainldm.recipes.card_text import card_text
 from brainldm.recipes.mosaic import draw_mosaic
 from brainldm.recipes.reconstruction import reconstructions
+from brainldm.recipes.timed_brains import make_brains
 
 SCHEMA, SCHEMA_VERSION = "brainldm model card", 1
 
@@ -57,7 +58,7 @@ def make_card(
     reconstructed: int = 40,
     pairs: int = 1000,
     seed: int = 0,
-    measure: Instrument | None = None,
+    instrument: Instrument | None = None,
     workers: int = 1,
     progress: Progress = Quiet(),  # stateless
     say: Callable[[str], None] = lambda _: None,
@@ -67,22 +68,27 @@ def make_card(
     returns results.json.
 
     Without a predictor the card says that its covariate was not judged. `phantoms` is the study that `cohort` was
-    prepared from; `measure` finds volumes, by default the instrument without trained weights. UsageError or BadInput,
-    before the first brain, where the parts do not belong together.
+    prepared from; `instrument` finds volumes, by default without trained weights. UsageError or BadInput, before the
+    first brain, where the parts do not belong together.
     """
     if n < 1 or reconstructed < 1:
         raise UsageError(f"{n} brains and {reconstructed} reconstructions were asked for.", remedy="Ask for 1 of each.")
     parts = open_parts(model, cohort, out, age, sex, phantoms, seed)
-    instrument = measure or TemplateMeasure()
+    instrument = instrument or TemplateMeasure()
     with locked_folder(out):
         say(f"1/4 {n} brains")
-        speed = _make_brains(parts, out, n, seed, progress, say)
+        loaded = parts.loaded
+        rows = make_plan({}, n=n, seed=seed, ranges=loaded.ranges, joint=loaded.joint)
+        settings = GenerateSettings(seed=seed)
+        speed = make_brains(
+            parts.model, rows, settings, out / "brains", out / "timing.json", progress=progress, say=say
+        )
         say(f"2/4 judge them against {len(parts.people)} held-out phantoms")
         judged = evaluate_dataset(
             out / "brains",
             cohort,
             out / "judged",
-            measure=instrument,
+            instrument=instrument,
             pairs=pairs,
             seed=seed,
             max_real=max(len(parts.people), 1),
@@ -112,6 +118,7 @@ def make_card(
             "settings": settings_facts(out, n, pairs, seed, parts, judged),
             "speed": speed,
             **judged_figures(judged, seed),
+            "instrument": instrument_figures(parts.people, parts.study, seed),
             "reconstruction": reconstruction_figures(kept, seed),
             "extrapolation": beyond,
             "warnings": list(judged.warnings),
@@ -129,44 +136,3 @@ def make_card(
         write_text(out / "README.md", card_text(results))
         write_json(out / "results.json", results)  # last: it says that the card is whole
     return results
-
-
-def _make_brains(
-    parts: CardParts, out: Path, n: int, seed: int, progress: Progress, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Makes what is missing of OUT/brains; returns how long a brain took, as far as it was timed: a run that was killed
-    is not."""
-    model = parts.loaded
-    rows = make_plan({}, n=n, seed=seed, ranges=model.ranges, joint=model.joint)
-    ready = start(parts.model, rows, GenerateSettings(seed=seed), may_shrink_batch=True, begun=out / "brains", say=say)
-    loaded = ready.load()
-    begun = time.monotonic()
-    made = generate(loaded, out / "brains", rows, ready.settings, progress=progress).made
-    spent = time.monotonic() - begun
-    path = out / "timing.json"
-    machine = {
-        "device": device_name(ready.device),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-    timed: dict[str, Any] = read_json(path) if path.is_file() else {"brains": 0, "seconds": 0.0, "machine": machine}
-    if made:
-        timed = {"brains": timed["brains"] + made, "seconds": timed["seconds"] + spent, "machine": machine}
-        write_json(path, timed)
-    return {
-        "seconds_a_brain": timed["seconds"] / timed["brains"] if timed["brains"] else None,
-        "brains_timed": timed["brains"],
-        "batch": ready.settings.batch,
-        "precision": ready.precision,
-        "machine": timed["machine"],
-    }
-
-
-def _processor() -> str:
-    """What the processor calls itself; empty where the system does not tell."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return ""

@@ -25,6 +25,7 @@ from brainldm.base.progress import Progress, Quiet
 from brainldm.base.volume import GRIDS, Grid
 from brainldm.cohort.dataset import PreparedCohort, PreparedRow, VolumeDataset
 from brainldm.cohort.phantom import PhantomConfig, draw_person, make_phantom
+from brainldm.cohort.split import HELD_OUT
 from brainldm.model.description import AUTOENCODER_NAME
 from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.train.reconstruction import compared as of_one_image
@@ -100,8 +101,7 @@ def reconstructions(
     autoencoder = model.description.weights[AUTOENCODER_NAME].sha256
     known = {(record["sha256"], record["autoencoder"]): record for record in records.records() if "psnr_db" in record}
     waiting = [row for row in people if (row.sha256, autoencoder) not in known]
-    images = {row.participant_id: number for number, row in enumerate(held_out(cohort))}
-    dataset = _HeldOut(cohort)
+    dataset = VolumeDataset(cohort, cache_bytes=0)
     by_task = {Painting(study.grid, study.seed, study.index_of[row.participant_id]): row for row in waiting}
     progress.start("reconstructing held-out phantoms", len(people), len(people) - len(waiting))
     with contextlib.closing(each_in_a_pool(painted, list(by_task), workers=workers)) as outcomes:
@@ -110,7 +110,7 @@ def reconstructions(
                 raise outcome
             scan_XYZ, truth_XYZ = outcome
             row = by_task[task]
-            image_XYZ = dataset.image_XYZ(images[row.participant_id])
+            image_XYZ = dataset.image_XYZ(dataset.names.index(row.participant_id))
             if np.abs(image_XYZ - scan_XYZ).max() > _SAME_IMAGE:
                 raise BadInput(
                     f"the image of {row.participant_id} is not the one that the phantom study {study.folder.name} "
@@ -134,18 +134,7 @@ def reconstructions(
 
 def held_out(cohort: PreparedCohort) -> tuple[PreparedRow, ...]:
     """Everybody whom no training has seen, in the order of their ids within validation and test."""
-    return (*cohort.rows("validation"), *cohort.rows("test"))
-
-
-class _HeldOut:
-    """Their images by the same position."""
-
-    def __init__(self, cohort: PreparedCohort) -> None:
-        self.sets = [VolumeDataset(cohort, split, cache_bytes=0) for split in ("validation", "test")]
-
-    def image_XYZ(self, index: int) -> np.ndarray:
-        first = len(self.sets[0])
-        return self.sets[0].image_XYZ(index) if index < first else self.sets[1].image_XYZ(index - first)
+    return tuple(row for split in HELD_OUT for row in cohort.rows(split))
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ Everything is gone on with when the same command is given again.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from brainldm.base.nifti import read_nifti
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.slices import VIEWS, middle_slice
 from brainldm.base.tables import read_table
+from brainldm.cohort.split import HELD_OUT
 
 if TYPE_CHECKING:
     from brainldm.evaluate.measuring import Instrument
@@ -56,7 +56,7 @@ WAYS = (
 # What the table shows: key of a scorecard's row, heading, decimals.
 _COLUMNS: tuple[tuple[str, str, int], ...] = (
     ("{space}.frechet", "Fréchet", 3),
-    ("{space}.frechet_ratio", "times the real", 2),
+    ("{space}.frechet_beyond", "beyond chance", 3),
     ("ms_ssim", "MS-SSIM", 3),
     ("4_g_r_ssim", "4-G-R-SSIM", 3),
     ("regions.wasserstein", "regional volumes", 2),
@@ -80,18 +80,21 @@ def make_table1(
     seed: int = 0,
     feature_space: str = "random",
     ways: Sequence[Way] = WAYS,
-    measure: Instrument | None = None,
+    instrument: Instrument | None = None,
     workers: int = 1,
     progress: Progress = Quiet(),  # stateless
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Trains what `models` (ldm, lsgan, vaegan, age, sex: a run each) does not name, each for `minutes` (the predictors
     a quarter of it), makes `n` brains in each way, judges them and writes table and figures; returns table1.json.
-    `measure` finds volumes in images, by default the one without trained weights.
+    Sets are compared with held-out people alone where the cohort has enough for halves of them. `instrument` finds
+    volumes in images, by default the one without trained weights.
 
     UsageError, before anything is trained, where a given model's grid is not the cohort's, a predictor predicts
     something else, or `out` holds the models of another cohort, recipe, time or seed.
     """
+    from brainldm.cohort.dataset import PreparedCohort
+    from brainldm.evaluate.halves import FEWEST
     from brainldm.evaluate.scorecard import evaluate_dataset, feature_spaces
 
     if n < 1 or pairs < 1 or len(feature_spaces((feature_space,))) != 1:
@@ -110,6 +113,7 @@ def make_table1(
         for name in ("ldm", "lsgan", "vaegan", "age", "sex")
     }
     timings, cards = {}, {}
+    unseen = sum(len(PreparedCohort.open(cohort).rows(split)) for split in HELD_OUT)
     for way in ways:
         say(f"{way.title}: {n} brains")
         timings[way.name] = _generate(way, trained, out / "brains" / way.name, n, seed, progress, say)
@@ -117,20 +121,21 @@ def make_table1(
             out / "brains" / way.name,
             cohort,
             out / "judged" / way.name,
-            measure=measure,
+            instrument=instrument,
             pairs=pairs,
             seed=seed,
             workers=workers,
             predictors=[trained["age"], trained["sex"]],
             features=(feature_space,),
             cache=out / "judged" / "cache",
+            held_out_only=unseen >= 2 * FEWEST,
             progress=progress,
         ).to_json()
     table = _table(ways, cards, timings, n, pairs, seed, trained)
     write_json(out / "table1.json", table)
     write_text(out / "table1.md", as_markdown(table))
     say("figures 1 to 4")
-    _figures(ways, cohort, out, trained["ldm"], seed, progress)
+    _figures(ways, cohort, out, trained, seed, progress)
     return table
 
 
@@ -217,13 +222,11 @@ def _generate(
     progress: Progress,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Makes the way's brains and returns the seconds that one took on average and on what, as they were first made; no
-    seconds where a run that was interrupted just then took them along."""
+    """Makes the way's brains and returns how long one took, and on what (timed_brains)."""
     from brainldm.generate.plan import make_plan
-    from brainldm.generate.run import GenerateSettings, generate
-    from brainldm.generate.start import start
+    from brainldm.generate.run import GenerateSettings
     from brainldm.model.folder import read_description
-    from brainldm.model.precision import device_name
+    from brainldm.recipes.timed_brains import make_brains
 
     # Everybody is asked for the same people: those of the latent diffusion model's cohort.
     covariates = read_description(trained["ldm"]).covariates
@@ -231,17 +234,8 @@ def _generate(
     settings = GenerateSettings(seed=seed)
     if way.sampler is not None:
         settings = GenerateSettings(seed=seed, sampler=way.sampler, steps=way.steps)
-    ready = start(trained[way.model], rows, settings, may_shrink_batch=True, begun=out, say=say)
-    model = ready.load()
-    begun = time.monotonic()
-    made = generate(model, out, rows, ready.settings, progress=progress).made
-    timing = out.parent / f"{way.name}.json"
-    if made == n or not timing.is_file():
-        spent = time.monotonic() - begun
-        seconds = spent / made if made else None
-        write_json(timing, {"seconds_an_image": seconds, "device": device_name(ready.device), "images": made})
-    found: dict[str, Any] = read_json(timing)
-    return found
+    timing = out.parent / f"{way.name}.timing.json"
+    return make_brains(trained[way.model], rows, settings, out, timing, progress=progress, say=say)
 
 
 # -------------------------------------------------------------------------------------------------------------- table
@@ -272,8 +266,8 @@ def _table(
         {
             "way": way.name,
             "title": way.title,
-            "seconds_an_image": timings[way.name]["seconds_an_image"],
-            "device": timings[way.name].get("device"),
+            "seconds_an_image": timings[way.name]["seconds_a_brain"],
+            "device": timings[way.name]["machine"]["device"],
             "figures": found(cards[way.name], "synthetic"),
         }
         for way in ways
@@ -329,51 +323,58 @@ def _cell(estimate: Mapping[str, Any] | None, places: int) -> str:
 # ------------------------------------------------------------------------------------------------------------ figures
 
 
-def _figures(ways: Sequence[Way], cohort: Path, out: Path, ldm: Path, seed: int, progress: Progress) -> None:
+def _figures(
+    ways: Sequence[Way], cohort: Path, out: Path, trained: Mapping[str, Path], seed: int, progress: Progress
+) -> None:
+    from brainldm.cohort.predictor import read_predictor
     from brainldm.recipes.figures import make_figure
 
     _figure_1(ways, cohort, out)
     for number in (2, 4):
-        make_figure(number, ldm, out / "figures" / f"figure{number}", seed=seed, progress=progress)
-    _figure_3(out)
+        make_figure(number, trained["ldm"], out / "figures" / f"figure{number}", seed=seed, progress=progress)
+    _figure_3(out, read_predictor(trained["age"]).name)
 
 
 def _figure_1(ways: Sequence[Way], cohort: Path, out: Path, people: int = 3) -> None:
-    """Figure 1: real people, and what each way made, in three views."""
+    """Figure 1: real people (held out, where some are), and what each way made, in three views on one grey scale."""
     from matplotlib.figure import Figure
 
     from brainldm.base.manifest import Manifest
+    from brainldm.cohort.dataset import PreparedCohort
 
-    folders = [(REAL, cohort)] + [(way.title, out / "brains" / way.name) for way in ways]
-    figure = Figure(figsize=(1.5 * people * len(VIEWS), 1.7 * len(folders)), facecolor="black", layout="constrained")
-    axes = figure.subplots(len(folders), people * len(VIEWS), squeeze=False)
-    for line, (title, folder) in enumerate(folders):
-        files = [record["file"] for record in Manifest(folder / "manifest.jsonl").records() if "file" in record][
-            :people
-        ]
+    prepared = PreparedCohort.open(cohort)
+    real = [row.path for split in (*HELD_OUT, "train") for row in prepared.rows(split)]
+    shown = {REAL: real[:people]}
+    for way in ways:
+        made = out / "brains" / way.name
+        shown[way.title] = [made / record["file"] for record in Manifest(made / "manifest.jsonl").records()[:people]]
+    white = float(np.mean([np.percentile(read_nifti(file).data_XYZ, 99.8) for file in shown[REAL]]))
+    figure = Figure(figsize=(1.5 * people * len(VIEWS), 1.7 * len(shown)), facecolor="black", layout="constrained")
+    axes = figure.subplots(len(shown), people * len(VIEWS), squeeze=False)
+    for line, (title, files) in enumerate(shown.items()):
         for column, file in enumerate(files):
-            image_XYZ = read_nifti(folder / file).data_XYZ
-            white = float(np.percentile(image_XYZ, 99.8))
+            image_XYZ = read_nifti(file).data_XYZ
             for number, view in enumerate(VIEWS):
                 ax = axes[line, column * len(VIEWS) + number]
-                ax.imshow(middle_slice(image_XYZ, view), cmap="gray", vmin=0, vmax=max(white, 0.1))
+                ax.imshow(middle_slice(image_XYZ, view), cmap="gray", vmin=0, vmax=white)
         axes[line, 0].set_title(title, color="white", fontsize=9, loc="left")
     for ax in axes.flat:
         ax.set_axis_off()
     _save(figure, out / "figures" / "figure1.png")
 
 
-def _figure_3(out: Path) -> None:
-    """Figure 3: asked against measured ventricles, and asked age against predicted, of LDM with DDIM."""
+def _figure_3(out: Path, predictor: str) -> None:
+    """Figure 3: asked against measured ventricles, and asked age against what `predictor` says, of LDM with DDIM."""
     from matplotlib.figure import Figure
 
     from brainldm.base.manifest import Manifest
+    from brainldm.evaluate.conditioning import agreement
 
     people = read_table(out / "judged" / "ldm_ddim" / "measured.tsv")
     predicted = {
         record["sha256"]: record["values"]["age_years"]
         for record in Manifest(out / "judged" / "cache" / "measured.jsonl").records()
-        if "age_years" in record.get("values", {})
+        if record["instrument"] == predictor
     }
     asked_age = [people.number(row, "age_years_asked") for row in range(len(people))]
     found_age = [predicted.get(cells["sha256"]) for cells in people.rows]
@@ -391,6 +392,8 @@ def _figure_3(out: Path) -> None:
             ax.plot(pairs[:, 0], pairs[:, 1], "o", ms=4, alpha=0.7)
             low, high = np.nanmin(pairs), np.nanmax(pairs)
             ax.plot([low, high], [low, high], color="grey", lw=1)
+            r = agreement(*pairs.T.tolist()).pearson_r.value
+            ax.set_title(f"r {'-' if r is None else f'{r:.3f}'}, n {len(pairs)}", fontsize=10)
         ax.set(xlabel=f"asked: {label}", ylabel="found in the image")
     _save(figure, out / "figures" / "figure3.png")
 

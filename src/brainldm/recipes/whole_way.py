@@ -34,7 +34,7 @@ Done in {minutes:.1f} minutes. What was made, in {out}:
   report/     their evaluation
 
 Look at {page}
-Make more: brainldm generate {name} OUT --n 8 --age 70 --sex F --ventricles 40ml
+Make more: brainldm generate demo OUT --n 8 --age 70 --sex F --ventricles 40ml
 """
 
 _CLOSING_OF_TRAINING = """
@@ -65,7 +65,6 @@ def demo_sweeps(ranges: CovariateRanges, *, ages: int = 4, ventricles: int = 4) 
 def run_demo(
     out: Path,
     *,
-    name: str = "demo",
     people: int = _REFERENCE_PEOPLE,
     seed: int = 0,
     workers: int = 2,
@@ -87,7 +86,7 @@ def run_demo(
 
     begun = time.monotonic()
     try:
-        folder = shipped_folder(name)
+        folder = shipped_folder("demo")
     except BadInput as error:
         raise BadInput(
             error.message,
@@ -128,7 +127,7 @@ def run_demo(
     say("4/4 write the page")
     page = write_report(out / "report")
     spent = (time.monotonic() - begun) / 60
-    say(_CLOSING.format(minutes=spent, out=out, brains=len(rows), people=people, page=page, name=name))
+    say(_CLOSING.format(minutes=spent, out=out, brains=len(rows), people=people, page=page))
     return page
 
 

@@ -50,7 +50,8 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Panel:
-    """One scatter: `points` are (asked, measured) of the brains, `real` (recorded, measured) of people."""
+    """One scatter: (asked, measured) of the brains `inside` and `outside` the training range, and (recorded, measured)
+    of people, `real`."""
 
     title: str
     unit: str

@@ -8,7 +8,7 @@ import base64
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -57,7 +57,6 @@ class Results:
     failures: tuple[Mapping[str, str], ...]
     curves: Mapping[str, Mapping[str, Sequence[float | None]]]
     planned: int
-    notes: tuple[str, ...] = field(default=())
 
     @property
     def phantoms(self) -> bool:

@@ -34,7 +34,7 @@ from brainldm.train.config import GanStageConfig
 from brainldm.train.describe_model import quality_of
 from brainldm.train.distributed import one_process_only
 from brainldm.train.gan_stage import GanStage
-from brainldm.train.loop import run_stage
+from brainldm.train.loop import check_asked, run_stage
 from brainldm.train.record import record_run
 from brainldm.train.run import TrainSummary
 from brainldm.train.tensorboard import check_tensorboard
@@ -62,6 +62,7 @@ def train_gan(
     one_process_only("a GAN baseline")
     if tensorboard:
         check_tensorboard()
+    check_asked(steps, minutes)
     config = config if steps is None else replace(config, steps=steps)
     cohort = PreparedCohort.open(data)
     people = VolumeDataset(cohort, "train")

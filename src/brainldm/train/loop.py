@@ -93,6 +93,14 @@ class Terminated(BrainldmError):
     exit_code = 143
 
 
+def check_asked(steps: int | None, minutes: float | None) -> None:
+    """UsageError for no steps, or no time."""
+    if steps is not None and steps < 1:
+        raise UsageError(f"{steps} steps were asked for.", remedy="Ask for at least 1.")
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise UsageError(f"{minutes:g} minutes were asked for.", remedy="Ask for more than 0, such as --minutes 60.")
+
+
 def run_stage(
     stage: Stage,
     folder: Path,

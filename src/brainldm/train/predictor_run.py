@@ -27,7 +27,7 @@ from brainldm.model.precision import choose_device, choose_precision
 from brainldm.nets.cole import ColeConfig
 from brainldm.train.config import PredictorConfig
 from brainldm.train.distributed import one_process_only
-from brainldm.train.loop import run_stage
+from brainldm.train.loop import check_asked, run_stage
 from brainldm.train.predictor_stage import PredictorStage
 from brainldm.train.record import record_run
 
@@ -52,6 +52,7 @@ def train_predictor(
     does on everybody held out. Goes on where an interrupted run stopped; UsageError where `out` holds another run."""
     target = TARGETS[what]
     one_process_only("a predictor")
+    check_asked(steps, minutes)
     config = config if steps is None else replace(config, steps=steps)
     cohort = PreparedCohort.open(data)
     people, validation = VolumeDataset(cohort, "train"), VolumeDataset(cohort, "validation")

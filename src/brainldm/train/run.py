@@ -44,7 +44,7 @@ from brainldm.train.diffusion_stage import DiffusionStage, schedule_description,
 from brainldm.train.distributed import ALONE, Place, check_divides, together
 from brainldm.train.kept_volumes import kept_volumes
 from brainldm.train.latents import Latents, distributions, encode_cohort
-from brainldm.train.loop import EndsBetween, asked_to_end, run_stage, warn_of_checkpoints
+from brainldm.train.loop import EndsBetween, asked_to_end, check_asked, run_stage, warn_of_checkpoints
 from brainldm.train.perceptual import PerceptualChoice
 from brainldm.train.record import record_run
 from brainldm.train.start_model import start_model
@@ -91,6 +91,7 @@ def train(
     if stage not in (*STAGES, "all"):
         raise UsageError(f"there is no stage {stage!r}.", remedy=f"Choose one of: {', '.join(STAGES)}, all.")
     stages = STAGES if stage == "all" else (stage,)
+    check_asked(steps, minutes)
     recipe = _with_steps(recipe, stages, steps)
     cohort = PreparedCohort.open(data)
     where = choose_device(device)
@@ -107,10 +108,10 @@ def train(
         if start_from is not None:
             run.start = start_model(start_from, recipe, cohort.grid)
         run.choose_perceptual(perceptual_weights, needed="autoencoder" in stages)
-        run.check_and_record(stages)
         budget = dict.fromkeys(STAGES, minutes)
         if minutes is not None and stage == "all":
             budget = {name: minutes * share for name, share in recipe.minutes_share.items()}
+        run.check_and_record(stages, budget["autoencoder"])
         summaries = {}
         if "autoencoder" in stages:
             summaries["autoencoder"] = run.train_autoencoder(budget["autoencoder"])
@@ -124,8 +125,6 @@ def train(
 def _with_steps(recipe: Recipe, stages: tuple[str, ...], steps: int | None) -> Recipe:
     if steps is None:
         return recipe
-    if steps < 1:
-        raise UsageError(f"{steps} steps were asked for.", remedy="Ask for at least 1.")
     changed = {name: replace(getattr(recipe, name), steps=steps) for name in stages}
     return replace(recipe, **changed)
 
@@ -176,8 +175,10 @@ class _Run:
             recorded = read_json(self.out / "run.json").get("perceptual_weights_sha256", ())
             self.perceptual = PerceptualChoice(config.perceptual, sha256=tuple(recorded))
 
-    def check_and_record(self, stages: tuple[str, ...]) -> None:
+    def check_and_record(self, stages: tuple[str, ...], autoencoder_minutes: float | None) -> None:
         """Refuses what cannot be trained, then records the run, or compares it with the one recorded here."""
+        if stages == STAGES:
+            self._check_that_stage_2_may_go_on(autoencoder_minutes)
         if self.shard and self.place.alone:
             raise UsageError(
                 "there is nothing to shard in one process.", remedy="Start several: torchrun --nproc-per-node N ..."
@@ -222,6 +223,21 @@ class _Run:
             self._warn_of_learning_rates_that_rise(stages)
             record_run(self.out, description)
         self.place.wait()
+
+    def _check_that_stage_2_may_go_on(self, minutes: float | None) -> None:
+        """UsageError where stage 1 would be trained further under a stage 2 that has learnt its latents."""
+        path = self.out / "autoencoder" / "summary.json"
+        if not path.is_file() or not list(self.out.glob("diffusion/checkpoints/*.safetensors")):
+            return
+        ended = read_json(path)
+        in_time = minutes is None or ended["seconds"] < minutes * 60
+        if ended["steps"] < self.recipe.autoencoder.steps and in_time:
+            raise UsageError(
+                f"stage 1 ended after {ended['steps']} steps and would go on, and stage 2 has learnt the latents that "
+                "it made.",
+                remedy="For a longer stage 2: --stage diffusion. For both longer: delete RUN/diffusion first.",
+                path=self.out,
+            )
 
     def _warn_of_learning_rates_that_rise(self, stages: Sequence[str]) -> None:
         """Where a run that goes on is made longer than its learning rate was falling over."""

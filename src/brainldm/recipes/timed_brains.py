@@ -1,0 +1,64 @@
+"""Brains for a table or a card, and how long one of them took."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from brainldm.base.files import read_json, write_json
+from brainldm.base.progress import Progress
+from brainldm.generate.plan import PlanRow
+from brainldm.generate.run import GenerateSettings, generate
+from brainldm.generate.start import start
+from brainldm.model.precision import device_name
+
+
+def make_brains(
+    model: Path,
+    rows: list[PlanRow],
+    settings: GenerateSettings,
+    out: Path,
+    timing: Path,
+    *,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Makes what is missing of the dataset `out`; returns how long a brain took on average, and on what, over the runs
+    that made some, which the file `timing` adds up. A run that was killed is not timed: no seconds where none was."""
+    ready = start(model, rows, settings, may_shrink_batch=True, begun=out, say=say)
+    loaded = ready.load()
+    begun = time.monotonic()
+    made = generate(loaded, out, rows, ready.settings, progress=progress).made
+    spent = time.monotonic() - begun
+    machine = {
+        "device": device_name(ready.device),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    timed: dict[str, Any] = read_json(timing) if timing.is_file() else {"brains": 0, "seconds": 0.0, "machine": machine}
+    if made:
+        timed = {"brains": timed["brains"] + made, "seconds": timed["seconds"] + spent, "machine": machine}
+        write_json(timing, timed)
+    return {
+        "seconds_a_brain": timed["seconds"] / timed["brains"] if timed["brains"] else None,
+        "brains_timed": timed["brains"],
+        "batch": ready.settings.batch,
+        "precision": ready.precision,
+        "machine": timed["machine"],
+    }
+
+
+def _processor() -> str:
+    """What the processor calls itself; empty where the system does not tell."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return ""
