@@ -48,6 +48,12 @@ def caveats(made: ImageFolder, people: ImageFolder | None, found: Findings) -> t
             )
         elif found.sampled < len(people.images):
             said.append(f"{found.sampled} of {len(people.images)} real images, drawn at random, stand for all of them.")
+        trained = sum(look.image.split == "train" for look in found.real.images)
+        if trained and people.held_out:
+            said.append(
+                f"{trained} of the {len(found.real.images)} real images that the set is compared with were trained on, "
+                "and whoever copies those lies nearest to them: --held-out compares with the others."
+            )
     said += _of_images("synthetic", found.synthetic)
     if people is not None:
         said += _of_images("real", found.real)

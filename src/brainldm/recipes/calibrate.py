@@ -73,7 +73,7 @@ def calibrate(
     device: str = "auto",
     precision: str = "auto",
     workers: int = 1,
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
     say: Callable[[str], None] = lambda _: None,
 ) -> Calibration:
     """Makes `n` brains of `model`, measures them and writes the calibrated model; goes on with what is there.

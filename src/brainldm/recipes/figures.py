@@ -64,7 +64,7 @@ def make_figure(
     device: str = "auto",
     precision: str = "auto",
     max_memory: str | None = None,
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
     say: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Generates the figure's brains into `out` and draws out/figure.png; the same call goes on with a broken one.

@@ -60,7 +60,7 @@ def make_card(
     seed: int = 0,
     instrument: Instrument | None = None,
     workers: int = 1,
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Makes `n` brains, judges them against the held-out people of `cohort` with the predictors `age` and `sex`,

@@ -90,7 +90,7 @@ def reconstructions(
     records: Manifest,
     *,
     workers: int = 1,
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
 ) -> list[dict[str, Any]]:
     """FIGURES of each person's reconstruction, from `records` where they are there already.
 

@@ -82,7 +82,7 @@ def make_table1(
     ways: Sequence[Way] = WAYS,
     instrument: Instrument | None = None,
     workers: int = 1,
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Trains what `models` (ldm, lsgan, vaegan, age, sex: a run each) does not name, each for `minutes` (the predictors

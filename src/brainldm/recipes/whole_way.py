@@ -68,7 +68,7 @@ def run_demo(
     people: int = _REFERENCE_PEOPLE,
     seed: int = 0,
     workers: int = 2,
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
     say: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """24 brains by the shipped model, phantoms made on the spot to compare with, evaluation and page below `out`, in
@@ -138,7 +138,7 @@ def run_demo_training(
     seed: int = 0,
     minutes: float = 6.5,
     workers: int = 2,
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
     say: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Phantoms, cohort, both trainings, 16 brains, evaluation and page below `out`; returns the page's path.
