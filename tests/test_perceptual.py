@@ -125,7 +125,8 @@ def test_one_file_or_two_is_one_network(files: dict[str, Path]) -> None:
     two = perceptual_distance("lpips-squeeze", [files["squeeze"], files["squeezenet1_1"]], 0)
     one = perceptual_distance("lpips-squeeze", [files["both"]], 0)
     given = (images(), images(index=1))
-    assert torch.equal(two.distance(*given, stream(0, "s")), one.distance(*given, stream(0, "s")))
+    # To rounding: where weights lie in memory decides how a convolution adds up.
+    torch.testing.assert_close(two.distance(*given, stream(0, "s")), one.distance(*given, stream(0, "s")))
 
 
 def test_slices_are_a_draw_of_the_stream(files: dict[str, Path]) -> None:

@@ -242,7 +242,7 @@ class AutoencoderStage:
     def validate(
         self,
         folder: Path | None = None,
-        progress: Progress = Quiet(),  # stateless
+        progress: Progress = Quiet(),
     ) -> dict[str, Any]:
         """What is lost of held-out people: the means of a reconstruction report, written into `folder` if given."""
         if not len(self.validation):

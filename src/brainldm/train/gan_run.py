@@ -52,7 +52,7 @@ def train_gan(
     precision: str = "auto",
     cache: Path | None = None,
     tensorboard: bool = False,
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
 ) -> TrainSummary:
     """Trains the baseline `config` on the cohort `data` in `out`, going on from whatever is already there.
 

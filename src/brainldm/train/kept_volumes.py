@@ -52,7 +52,7 @@ def kept_volumes(
     decoded_XYZ: Callable[[int], np.ndarray],
     key: str,
     *,
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
 ) -> KeptVolumes:
     """The shares of all people of `dataset`, whose image `decoded_XYZ` gives back by index; from `folder` when they are
     there with the same `key` and instrument. By the built-in measure, in one registration for both images, so that its

@@ -73,7 +73,7 @@ def encode_cohort(
     device: torch.device,
     precision: str,
     place: Place = ALONE,
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
 ) -> Latents:
     """The latents of `dataset`, from `folder` as far as they are there with the same `key` (a digest of the
     autoencoder's weights and the cohort), else encoded and kept; several processes share the work. Views beyond the

@@ -108,7 +108,7 @@ def run_stage(
     minutes: float | None = None,
     checkpoint_minutes: float = 5.0,
     tensorboard: bool = False,
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
     place: Place = ALONE,
     asked: list[int] | None = None,
 ) -> dict[str, Any]:

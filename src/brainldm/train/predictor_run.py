@@ -40,13 +40,13 @@ def train_predictor(
     data: Path,
     out: Path,
     *,
-    config: PredictorConfig = PredictorConfig(),  # frozen
+    config: PredictorConfig = PredictorConfig(),
     steps: int | None = None,
     minutes: float | None = None,
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
 ) -> Predictor:
     """Trains the predictor of `what` (age or sex) on the training people of the cohort `data`, and tells how well it
     does on everybody held out. Goes on where an interrupted run stopped; UsageError where `out` holds another run."""

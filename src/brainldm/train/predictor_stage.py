@@ -53,8 +53,9 @@ class PredictorStage:
         self.steps, self.seed, self.device, self.precision = config.steps, seed, device, precision
         self.order = BatchOrder(seed, len(train), config.batch)
         self.feed = Feed(self._shifted_BXYZ, config.steps)
-        labels = self._labels(train)
-        self.offset, self.scale = (float(labels.mean()), float(labels.std())) if target == "age_years" else (0.0, 1.0)
+        self.labels = self._labels(train)
+        told = float(self.labels.mean()), float(self.labels.std())
+        self.offset, self.scale = told if target == "age_years" else (0.0, 1.0)
         torch.manual_seed(int(stream(seed, "predictor-weights").integers(2**31)))
         self.network = ColeNet(ColeConfig.fitting(shape_XYZ, config.averaging))
         self.network.to(device=device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
@@ -70,7 +71,7 @@ class PredictorStage:
         self.optimiser.param_groups[0]["lr"] = self.config.learning_rate * learning_rate_factor(
             step, warmup_steps=self.config.warmup_steps, total_steps=self.steps, cosine_decay=True
         )
-        wanted = torch.from_numpy((self._labels(self.train)[members] - self.offset) / self.scale).float()
+        wanted = torch.from_numpy((self.labels[members] - self.offset) / self.scale).float()
         self.network.train()
         self.optimiser.zero_grad(set_to_none=True)
         with autocast(self.device, self.precision):

@@ -20,6 +20,7 @@ import torch
 
 import brainldm
 from brainldm.base.errors import UsageError
+from brainldm.base.feeding import made_ahead
 from brainldm.base.files import locked_folder, write_json
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import stream
@@ -121,21 +122,26 @@ def reconstruction_report(
     seed: int,
     *,
     precision: str = "fp32",
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
 ) -> ReconstructionReport:
     """How near the reconstructions of `images` are to `references`, one a name.
 
-    Both are callables of an index 0..len(names)-1 that give (X, Y, Z) in 0..1 on one grid. For what an autoencoder
-    loses the two are the same; with others (a phantom without its noise) it is what it keeps or restores of those.
-    The autoencoder runs where its weights are; `seed` is the bootstrap's.
+    Both are callables of an index 0..len(names)-1 that give (X, Y, Z) in 0..1 on one grid, in several threads. For what
+    an autoencoder loses the two are the same; with others (a phantom without its noise) it is what it keeps or restores
+    of those. The autoencoder runs where its weights are; `seed` is the bootstrap's.
     """
     device = next(autoencoder.parameters()).device
     rows: list[dict[str, Any]] = []
     pictured: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     weights: tuple[float, ...] = ()
+
+    def both(index: int) -> tuple[np.ndarray, np.ndarray]:
+        image_XYZ = images(index)
+        return image_XYZ, image_XYZ if references is images else references(index)
+
     progress.start("reconstructing", len(names))
-    for index, name in enumerate(names):
-        image, reference = (_tensor(given(index), device) for given in (images, references))
+    for name, pair in zip(names, made_ahead(both, len(names)), strict=True):
+        image, reference = (_tensor(image_XYZ, device) for image_XYZ in pair)
         with autocast(device, precision):
             decoded = autoencoder.decode(autoencoder.encode(image).mean_BCXYZ)
         found = decoded.float().clamp(0, 1)
@@ -202,7 +208,7 @@ def reconstruct_cohort(
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
 ) -> ReconstructionReport:
     """Reconstructs a prepared cohort's images with a model folder's autoencoder and writes the report into `out`.
 

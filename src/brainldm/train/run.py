@@ -76,7 +76,7 @@ def train(
     cache: Path | None = None,
     tensorboard: bool = False,
     start_from: Path | None = None,
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
 ) -> TrainSummary:
     """Trains `recipe` on the prepared cohort `data` in `out`, going on from whatever is already there.
 

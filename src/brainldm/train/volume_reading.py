@@ -37,7 +37,7 @@ def find_volume_reader(
     voxel_mm: float,
     key: str,
     *,
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
 ) -> tuple[VolumeReader | None, dict[str, Any]]:
     """The reader of `people` (what the U-Net is told of them) from their latents (N, C, x, y, z) by index and what
     `decoded_XYZ` makes of them, and the facts of it. At most MOST_PEOPLE, evenly spread, are decoded, once for each
