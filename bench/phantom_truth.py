@@ -1,7 +1,7 @@
 """How the volumes that `prepare` measures in phantoms follow those that the phantoms have.
 
-    brainldm phantom PHANTOMS --n 1000 --grid 2mm --seed 1 && brainldm prepare PHANTOMS COHORT --grid 2mm
-    python bench/phantom_truth.py PHANTOMS COHORT      # adds the cohort's grid to bench/phantom-truth.json
+brainldm phantom PHANTOMS --n 1000 --grid 2mm --seed 1 && brainldm prepare PHANTOMS COHORT --grid 2mm
+python bench/phantom_truth.py PHANTOMS COHORT      # adds the cohort's grid to bench/phantom-truth.json
 """
 
 from __future__ import annotations

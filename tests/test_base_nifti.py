@@ -250,6 +250,17 @@ def test_where_sform_and_qform_differ_the_sform_counts_and_it_is_said(tmp_path: 
     assert any("disagree" in n for n in volume.notes)
 
 
+@pytest.mark.parametrize(("factor", "noted"), [(1.005, False), (1.02, True), (0.5, True)])
+def test_voxel_sizes_that_contradict_the_affine_are_said(factor: float, noted: bool, tmp_path: Path) -> None:
+    payload = nifti_bytes(qform=0)
+    struct.pack_into("<f", payload, 80, 2.0 * factor)
+    path = tmp_path / "scan.nii"
+    path.write_bytes(payload)
+    volume = read_nifti(path)
+    np.testing.assert_allclose(volume.affine, AFFINE)
+    assert any("by pixdim and 2 x 1.5 x 1 mm by the affine" in n for n in volume.notes) is noted
+
+
 ORIENTATIONS = ["".join(c) for p in itertools.permutations(("LR", "PA", "IS")) for c in itertools.product(*p)]
 
 

@@ -30,8 +30,9 @@ def table_of(tmp_path: Path, content: str | bytes, name: str = "participants.tsv
         GOOD.rstrip("\n"),
         GOOD + "\n\n\t\t\n",
         GOOD.replace("\t", " \t "),
+        GOOD.replace("\n", "\t\t \n"),
     ],
-    ids=["plain", "BOM", "CRLF", "BOM and CRLF", "no last newline", "empty lines", "spaces around cells"],
+    ids=["plain", "BOM", "CRLF", "BOM and CRLF", "no last newline", "empty lines", "spaces around cells", "last tabs"],
 )
 def test_the_usual_ways_of_saving_a_table_read_the_same(content: str, tmp_path: Path) -> None:
     table = read_table(table_of(tmp_path, content))
@@ -61,7 +62,7 @@ def test_a_missing_number_is_none(cell: str, tmp_path: Path) -> None:
     assert table.is_missing(0, "age")
 
 
-@pytest.mark.parametrize("cell", ["61,5", "old", "1e400", "-inf", "12 y", "0x10", "1;2"])
+@pytest.mark.parametrize("cell", ["61,5", "old", "1e400", "-inf", "12 y", "0x10", "1;2", "1_0", "\uff12\uff10", "."])
 def test_a_number_that_is_none_is_located(cell: str, tmp_path: Path) -> None:
     path = table_of(tmp_path, f"participant_id\tage\nsub-01\t20\n\nsub-02\t{cell}\n")
     table = read_table(path)
@@ -72,6 +73,30 @@ def test_a_number_that_is_none_is_located(cell: str, tmp_path: Path) -> None:
     assert caught.value.remedy
 
 
+@pytest.mark.parametrize(("cell", "value"), [("7", 7), ("+.5", 0.5), ("7.", 7), ("-1.5E-2", -0.015), (" 20 ", 20)])
+def test_a_number_is_written_plainly(cell: str, value: float, tmp_path: Path) -> None:
+    assert read_table(table_of(tmp_path, f"id\tage\ni\t{cell}\n")).number(0, "age") == value
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told", "remedy"),
+    [
+        ("p.tsv", GOOD.replace("\t", ","), "separated by commas", "with tabs"),
+        ("p.tsv", GOOD.replace("\t", ";"), "separated by semicolons", "with tabs"),
+        ("p.tsv", '"id"\t"age"\n"1"\t20\n', "in quotes", "unquoted"),
+        ("p.tsv", '"id","age"\n"1",20\n', "separated by commas", "with tabs"),
+        ("p.csv", GOOD.replace("\t", ";"), "separated by semicolons", "with commas"),
+        ("p.csv", GOOD, "separated by tabs", "with commas"),
+    ],
+)
+def test_cells_that_are_separated_otherwise_than_named_are_told(
+    name: str, content: str, told: str, remedy: str, tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match=told) as caught:
+        read_table(table_of(tmp_path, content, name))
+    assert caught.value.reason == "separator" and remedy in caught.value.remedy
+
+
 @pytest.mark.parametrize(
     ("content", "reason", "word"),
     [
@@ -80,6 +105,7 @@ def test_a_number_that_is_none_is_located(cell: str, tmp_path: Path) -> None:
         (b"a\tb\ta\n1\t2\t3\n", "duplicate_column", "'a'"),
         (b"a\tb\n1\t2\n1\n", "ragged", "line 3"),
         (b"a\tb\n1\t2\t3\n", "ragged", "line 2"),
+        (b"a\tb\t\t\n1\t2\t\t\n1\t2\t\tsix\n", "nameless_column", "line 3 has 'six'"),
         (b"a\tb\n\xff\xfe\t2\n", "encoding", "UTF-8"),
         ("a\tb\n1\t2\n".encode("utf-16"), "encoding", "UTF-8"),
     ],

@@ -105,6 +105,7 @@ def test_generate_and_describe(tiny_run: Path, tmp_path: Path) -> None:
     planned = call(*command, "--dry-run")
     assert planned.returncode == 0
     assert planned.stdout.count("sub-") == 2
+    assert "ventricles ml" in planned.stdout and "Covariates(" not in planned.stdout
     assert not (tmp_path / "out").exists()
     made = call(*command)
     assert made.returncode == 0, made.stderr
@@ -126,6 +127,27 @@ def test_what_would_be_passed_over_is_refused(tiny_cohort: Path, tiny_run: Path,
     assert not (tmp_path / "run").exists()
     unreal = call("evaluate", tiny_run, "--out", tmp_path / "judged", "--held-out")
     assert unreal.returncode == 2 and "--real" in unreal.stderr
+
+
+def test_wrong_use_is_told_before_anything_else(tiny_run: Path, tiny_cohort: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for wrong in (("--steps", 0), ("--batch", 0), ("--max-memory", "much"), ("--guidance", -1), ("--n", 10**9)):
+        refused = call("generate", tiny_run, out, "--dry-run", *wrong)
+        assert refused.returncode == 2 and not refused.stdout, refused.stdout
+    for verb in (("measure", tiny_cohort), ("evaluate", tiny_cohort, "--out"), ("phantom",), ("demo",)):
+        refused = call(*verb, out, "--workers", 0)
+        assert refused.returncode == 2 and "0 workers were asked for" in refused.stderr
+    assert not out.exists()
+    for flag, value, example in (("--age", "50:80", "50:80:4"), ("--ventricles", "1ml:2ml", "15ml:60ml:4")):
+        refused = call("generate", tiny_run, out, flag, value)
+        assert refused.returncode == 2 and example in refused.stderr
+
+
+def test_next_commands_are_quoted_and_counts_have_their_noun(tiny_run: Path, tmp_path: Path) -> None:
+    made = call("generate", tiny_run, tmp_path / "a b", "--n", 1, "--steps", 1)
+    assert "1 brain made, 0 were there" in made.stdout
+    told = call("phantom", tmp_path / "a phantom", "--n", 1).stdout
+    assert f"1 phantom is in {tmp_path}/a phantom. Next: brainldm prepare '{tmp_path}/a phantom' COHORT" in told
 
 
 def test_the_work_goes_on_when_nobody_reads(tiny_run: Path, tmp_path: Path) -> None:
@@ -159,7 +181,7 @@ def test_ctrl_c_exits_130_and_the_same_command_goes_on(tiny_run: Path, tmp_path:
     assert "Traceback" not in stopped.stderr and "the same command goes on with the rest" in stopped.stderr
     finished = call(*command)
     assert finished.returncode == 0, finished.stderr
-    assert "3 brains made, 1 were there" in finished.stdout
+    assert "3 brains made, 1 was there" in finished.stdout
     assert len(list((tmp_path / "out").glob("sub-*/anat/*.nii.gz"))) == 4
 
 

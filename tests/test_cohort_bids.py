@@ -75,6 +75,7 @@ def test_the_real_study(real_data: Path) -> None:
             ["anat/sub-1_part-phase_T1w.nii.gz", "anat/sub-1_run-1_part-mag_T1w.nii.gz"],
             "anat/sub-1_run-1_part-mag_T1w.nii.gz",
         ),
+        (["anat/sub-1_ce-gad_T1w.nii.gz", "anat/sub-1_run-1_T1w.nii.gz"], "anat/sub-1_run-1_T1w.nii.gz"),
     ],
 )
 def test_one_scan_a_person_by_rule_and_the_others_are_named(files: list[str], chosen: str, tmp_path: Path) -> None:
@@ -99,6 +100,12 @@ def test_a_scan_in_the_wrong_folder_is_mislabelled(tmp_path: Path) -> None:
     assert list(who(found)) == ["sub-1"]
     assert reasons(found) == {"sub-2": "mislabelled", "sub-4": "mislabelled"}
     assert "sub-3" in found.failures[0].message
+
+
+def test_an_underscore_in_an_id_is_named_as_what_is_wrong(tmp_path: Path) -> None:
+    found = read_study(study(tmp_path, f"{HEADER}\nsub-1\t20\tF\n", *scan_of("sub-1", "sub-crop_top")))
+    (failure,) = found.failures
+    assert "'crop_top' holds an underscore" in failure.message and "sub-croptop" in failure.remedy
 
 
 def test_masks_are_found_beside_and_among_the_derivatives(tmp_path: Path) -> None:
@@ -150,6 +157,7 @@ def test_masks_are_found_beside_and_among_the_derivatives(tmp_path: Path) -> Non
         ("1", "sub-01"),
         ("001", "sub-1"),
         ("sub-1", "sub-0001"),
+        ("SUB-01", "sub-01"),
         ("a7", "sub-a7"),
     ],
 )
@@ -180,7 +188,7 @@ def test_one_accent_written_in_two_ways_is_one_person(tmp_path: Path) -> None:
 
 def test_doubled_rows(tmp_path: Path) -> None:
     """Fault 30"""
-    table = f"{HEADER}\nsub-1\t20\tF\nsub-1\t20\tF\nsub-2\t20\tF\nsub-2\t21\tF\nsub-3\t50\tM\n"
+    table = f"{HEADER}\nsub-1\t20\t0\nsub-1\t20.0\t0.0\nsub-2\t20\tF\nsub-2\t21\tF\nsub-3\t50\tM\n"
     found = read_study(study(tmp_path, table, *scan_of("sub-1", "sub-2", "sub-3")))
     assert set(who(found)) == {"sub-1", "sub-3"}
     assert any("lines 2, 3" in n for n in found.scans[0].notes)
@@ -204,6 +212,46 @@ def test_rows_of_sessions_belong_to_their_session(tmp_path: Path) -> None:
         )
     )
     assert who(found) == {"sub-2": (1, 50.0)} and reasons(found) == {"sub-1": "not_in_table"}
+    assert "no row for session ses-c; rows name ses-a, ses-b" in found.failures[0].message
+
+
+def test_a_session_with_a_row_is_preferred(tmp_path: Path) -> None:
+    table = "participant_id\tsession_id\tage\tsex\nsub-2\tses-2\t60\tF\n"
+    files = [f"sub-2/ses-{s}/anat/sub-2_ses-{s}_T1w.nii.gz" for s in (1, 2, 3)]
+    (scan,) = read_study(study(tmp_path, table, *files)).scans
+    assert (scan.file, scan.age_years) == (files[1], 60)
+
+
+def test_the_age_at_a_session_is_that_of_its_own_table(tmp_path: Path) -> None:
+    people = "".join(f"sub-{i}\t60\tF\tg\n" for i in range(1, 7))
+    files = [f"sub-{i}/ses-2/anat/sub-{i}_ses-2_T1w.nii.gz" for i in range(1, 7)]
+    folder = study(tmp_path, f"{HEADER}\tgroup\n{people}", *files)
+    rows = {
+        1: "session_id\tAge\tgroup\nses-1\t60\tg\nses-2\t65.5\th\n",
+        2: "session_id\tage\n02\t650\n",
+        3: "session_id\tage\nses-2\tn/a\n",
+        4: "session_id\tage\nses-1\t61\n",
+        5: "session_id\tage_years\nses-2\t780\n",
+    }
+    for index, content in rows.items():
+        (folder / f"sub-{index}" / f"sub-{index}_sessions.tsv").write_text(content)
+    write_json(folder / "sub-5" / "sub-5_sessions.json", {"age_years": {"Units": "months"}})
+    found = read_study(folder)
+    assert who(found) == {"sub-1": (0, 65.5), "sub-3": (0, 60), "sub-4": (0, 60), "sub-6": (0, 60)}
+    assert reasons(found) == {"sub-2": "bad_cell", "sub-5": "bad_unit"}
+    assert "sub-2_sessions.tsv" in found.failures[0].message and "'650'" in found.failures[0].message
+    notes = {s.participant_id: s.notes for s in found.scans}
+    assert notes["sub-1"] == ("age, group of ses-2 taken from sub-1_sessions.tsv",)
+    assert notes["sub-3"] == ("age taken from participants.tsv: sub-3_sessions.tsv has no value",)
+    assert notes["sub-4"] == notes["sub-6"] == () and found.scans[0].others == {"group": "h"}
+
+
+def test_ages_may_be_in_the_tables_of_sessions_alone(tmp_path: Path) -> None:
+    files = [f"sub-{i}/ses-2/anat/sub-{i}_ses-2_T1w.nii.gz" for i in (1, 2)]
+    folder = study(tmp_path, "participant_id\tsex\nsub-1\tF\nsub-2\tM\n", *files)
+    (folder / "sub-1" / "sub-1_sessions.tsv").write_text("session_id\tage\nses-2\t65\n")
+    found = read_study(folder)
+    assert who(found) == {"sub-1": (0, 65)} and reasons(found) == {"sub-2": "missing_age"}
 
 
 def test_people_without_a_scan_or_without_a_row_are_listed(tmp_path: Path) -> None:
@@ -217,16 +265,30 @@ def test_people_without_a_scan_or_without_a_row_are_listed(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("column", ["age", "Age", "age_years", "AGE", "age_at_scan", "Age at scan"])
 @pytest.mark.parametrize("sex_column", ["sex", "Sex", "gender"])
-def test_columns_have_many_names(column: str, sex_column: str, tmp_path: Path) -> None:
-    table = f"participant_id\t{column}\t{sex_column}\textra\nsub-1\t20\tF\tx\n"
+@pytest.mark.parametrize("id_column", ["participant_id", "Participant_ID"])
+def test_columns_have_many_names(column: str, sex_column: str, id_column: str, tmp_path: Path) -> None:
+    table = f"{id_column}\t{column}\t{sex_column}\textra\nsub-1\t20\tF\tx\n"
     found = read_study(study(tmp_path, table, *scan_of("sub-1")))
     assert who(found) == {"sub-1": (0, 20.0)}
     assert found.columns == ("extra",)
 
 
+def test_of_columns_alike_the_exact_name_counts_and_two_that_differ_are_refused(tmp_path: Path) -> None:
+    people = study(tmp_path / "a", "participant_id\tAGE\tage\tsex\nsub-1\t240\t20\tF\n", *scan_of("sub-1"))
+    assert who(read_study(people)) == {"sub-1": (0, 20.0)}
+    people = study(tmp_path / "b", "participant_id\tAGE\tAge\tsex\nsub-1\t20\t20.0\tF\n", *scan_of("sub-1"))
+    assert who(read_study(people)) == {"sub-1": (0, 20.0)}
+    people = study(tmp_path / "c", "participant_id\tAGE\tAge\tsex\nsub-1\t20\t21\tF\n", *scan_of("sub-1"))
+    with pytest.raises(BadInput, match=r"line 2, column 'Age': '21' differs from column 'AGE': '20'"):
+        read_study(people)
+
+
 @pytest.mark.parametrize(
     ("cell", "sex"),
-    [("F", 0), ("f", 0), ("female", 0), ("Female", 0), ("0", 0), ("M", 1), ("m", 1), ("MALE", 1), ("1", 1)],
+    [
+        *(("F", 0), ("f", 0), ("female", 0), ("Female", 0), ("0", 0), ("0.0", 0), ("woman", 0)),
+        *(("M", 1), ("m", 1), ("MALE", 1), ("1", 1), ("1.0", 1), ("Boy", 1)),
+    ],
 )
 def test_codes_of_sex(cell: str, sex: int, tmp_path: Path) -> None:
     found = read_study(study(tmp_path, f"{HEADER}\nsub-1\t20\t{cell}\n", *scan_of("sub-1")))
@@ -241,13 +303,24 @@ def test_the_studys_own_levels_explain_its_codes(tmp_path: Path) -> None:
     for levels in (
         {"1": "Male participant", "2": "female"},
         {"1": {"Description": "male"}, "2": {"Description": "Sex: female"}},
+        {"1": "Man", "2": "Woman"},
+        {"1": "boy", "2": "girl"},
     ):
+        for key in ("sex", "Sex"):
+            write_json(folder / "participants.json", {key: {"Levels": levels}})
+            found = who(read_study(folder))
+            assert (found["sub-1"][0], found["sub-2"][0]) == (1, 0)
+    for levels in ({"1": "Mann", "2": "Frau"}, {"1": "not female", "2": "non-male"}, {"1": "male or female", "2": ""}):
         write_json(folder / "participants.json", {"sex": {"Levels": levels}})
-        found = who(read_study(folder))
-        assert (found["sub-1"][0], found["sub-2"][0]) == (1, 0)
-    write_json(folder / "participants.json", {"sex": {"Levels": {"1": "Mann", "2": "Frau"}}})
-    with pytest.raises(BadInput, match="cannot be read"):
-        read_study(folder)
+        with pytest.raises(BadInput, match="cannot be read"):
+            read_study(folder)
+
+
+def test_levels_are_found_under_the_column_s_name_in_any_case(tmp_path: Path) -> None:
+    """1 alone would be read as male."""
+    folder = study(tmp_path, f"{HEADER}\nsub-1\t20\t1\n", *scan_of("sub-1"))
+    write_json(folder / "participants.json", {"Sex": {"Levels": {"1": "female", "2": "male"}}})
+    assert who(read_study(folder)) == {"sub-1": (0, 20.0)}
 
 
 def test_a_zero_that_the_study_calls_something_unknown_is_nobody_s_sex(tmp_path: Path) -> None:
@@ -340,12 +413,21 @@ def test_a_missing_column_is_named_with_those_present(column: str, tmp_path: Pat
     assert column in str(caught.value) and caught.value.reason == "missing_column"
 
 
-def test_ages_in_months_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["age", "Age"])
+@pytest.mark.parametrize("unit", ["months", "in months", "Age in months", "months (at scan)", "Weeks", "d"])
+def test_ages_in_months_are_refused(key: str, unit: str, tmp_path: Path) -> None:
     """Fault 29: the unit."""
     folder = study(tmp_path, f"{HEADER}\nsub-1\t20\tF\n", *scan_of("sub-1"))
-    write_json(folder / "participants.json", {"age": {"Units": "months"}})
-    with pytest.raises(BadInput, match="months"):
+    write_json(folder / "participants.json", {key: {"Units": unit}})
+    with pytest.raises(BadInput, match=unit.split()[0]):
         read_study(folder)
+
+
+@pytest.mark.parametrize("unit", ["years", "yr", "year, rounded to months", "", "age at scan"])
+def test_ages_in_years_are_not(unit: str, tmp_path: Path) -> None:
+    folder = study(tmp_path, f"{HEADER}\nsub-1\t20\tF\n", *scan_of("sub-1"))
+    write_json(folder / "participants.json", {"age": {"Units": unit}})
+    assert who(read_study(folder)) == {"sub-1": (0, 20.0)}
 
 
 # --------------------------------------------------------------------------------------------------------- not a study
@@ -359,6 +441,8 @@ def test_ages_in_months_are_refused(tmp_path: Path) -> None:
         (["sub-1/anat/sub-1_T2w.nii.gz"], ["sub-1_T2w"]),
         (["x/IM001.dcm"], ["DICOM", "dcm2niix"]),
         (["study.zip"], ["Unpack", "dcm2niix"]),
+        (["sub-1/anat/sub-1_T1w.NII.GZ"], ["sub-1/anat/sub-1_T1w.NII.GZ", "rename"]),
+        (["sub-1/anat/sub-1_T1w.mgz", "a.mgz"], ["2 other images", "sub-1/anat/sub-1_T1w.mgz", "mri_convert"]),
         (["derivatives/fmriprep/sub-1/anat/sub-1_desc-preproc_T1w.nii.gz"], ["derivatives/fmriprep"]),
     ],
 )

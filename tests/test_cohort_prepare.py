@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import scipy.ndimage as ndi
 
+from brainldm import cli
 from brainldm.base.errors import BadInput, EnvironmentProblem, PartialFailure, UsageError
 from brainldm.base.files import locked_folder, read_json, write_json, write_text
 from brainldm.base.manifest import Manifest
@@ -498,6 +499,17 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path, in_place
         prepare_study(study, tmp_path / "file", CONFIG)
 
 
+def test_an_image_of_other_bytes_is_prepared_again(tmp_path: Path, in_place: list[str]) -> None:
+    study, out = write_study(tmp_path / "balls", 3), tmp_path / "out"
+    prepare_study(study, out, CONFIG)
+    before, path = contents(out), next((out / "sub-01").rglob("*_T1w.nii.gz"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert prepare_study(study, out, CONFIG).newly_prepared == 1
+    assert contents(out) == before
+
+
 def test_the_study_itself_is_no_output(tmp_path: Path, in_place: list[str]) -> None:
     study = write_study(tmp_path / "a" / "balls", 3)
     before = contents(tmp_path)
@@ -517,6 +529,22 @@ def test_two_runs_into_one_folder_are_one_too_many(tmp_path: Path, in_place: lis
     assert in_place == []
 
 
+def test_one_hot_vessel_darkens_nothing_where_a_percentile_is_asked_for(tmp_path: Path, in_place: list[str]) -> None:
+    study = write_study(tmp_path / "balls", 1)
+    hot = brain(0)
+    hot[20, 20, 20] = 100
+    write_nifti(study / "sub-00/anat/sub-00_T1w.nii.gz", hot, GRID.affine)
+    means = []
+    for flags in ([], ["--percentile", "99.9"]):
+        out = tmp_path / f"out{len(flags)}"
+        assert cli._run(["prepare", str(study), str(out), "--grid", "4mm", *flags], debug=True) == 0
+        means.append(VolumeDataset(PreparedCohort.open(out)).image_XYZ(0).mean())
+    assert means[1] > 50 * means[0]
+    assert read_json(tmp_path / "out2" / "prepared.json")["config"]["percentile"] == 99.9
+    with pytest.raises(UsageError, match=r"percentile: 99.9 there, None asked"):
+        prepare_study(study, tmp_path / "out2", CONFIG)
+
+
 @pytest.mark.parametrize(
     "fields", [{"grid": "3mm"}, {"holdout": 1.0}, {"percentile": 0.5}, {"masks": Path("m"), "skull": "keep"}]
 )
@@ -527,7 +555,8 @@ def test_impossible_configs_are_refused_at_once(fields: dict, tmp_path: Path) ->
 
 
 def test_a_bad_study_leaves_no_output_folder(tmp_path: Path) -> None:
-    for study in (tmp_path / "nothing", tmp_path):
+    (tmp_path / "empty").mkdir()
+    for study in (tmp_path / "nothing", tmp_path / "empty"):
         with pytest.raises(BadInput):
             prepare_study(study, tmp_path / "new" / "out", CONFIG)
     assert not (tmp_path / "new").exists()

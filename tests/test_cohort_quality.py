@@ -11,7 +11,7 @@ import pytest
 from brainldm.base.errors import BadInput, PartialFailure, UsageError
 from brainldm.base.streams import stream
 from brainldm.base.tables import read_table
-from brainldm.cohort.quality import FIGURES, UsualImages, figures_of
+from brainldm.cohort.quality import FALSE_POSITIVE_RATE, FIGURES, UsualImages, figures_of
 from brainldm.generate.plan import make_plan
 from brainldm.generate.run import GenerateSettings, generate
 from brainldm.model.folder import load_model
@@ -48,6 +48,32 @@ def test_members_pass_and_broken_images_do_not(population: UsualImages) -> None:
     assert FIGURES["symmetry"] in population.objection(figures_of(half, 8.0)) or "head" in population.objection(
         figures_of(half, 8.0)
     )
+
+
+def test_one_broken_image_among_the_people_does_not_let_others_pass() -> None:
+    """People of correlated normal figures, of whom one lies 15 or 1000 standard deviations away."""
+    draw = stream(0, "quality outlier", 0)
+    mixing = np.eye(len(FIGURES)) + 0.3 * draw.standard_normal((len(FIGURES), len(FIGURES)))
+    people = 50 + draw.standard_normal((200, len(FIGURES))) @ mixing
+    direction = mixing[0] * 7
+    broken = 50 + direction + draw.standard_normal((100, len(FIGURES))) @ mixing
+    for far in (0, 15, 1000):
+        if far:
+            people[17] = 50 + far / 7 * direction
+        found = UsualImages.fitted(people)
+        assert found is not None
+        assert bool(found.objection(people[17])) == bool(far)
+        assert sum(bool(found.objection(figures)) for figures in broken) > 80, far
+
+
+def test_real_people_are_rejected_at_the_stated_rate() -> None:
+    draw = stream(0, "quality rate", 0)
+    rates = []
+    for people in (200, 400, 800, 1600):
+        found = UsualImages.fitted(draw.standard_normal((people, len(FIGURES))))
+        assert found is not None
+        rates.append(np.mean([bool(found.objection(f)) for f in draw.standard_normal((4000, len(FIGURES)))]))
+    assert 0.4 * FALSE_POSITIVE_RATE < np.mean(rates) < 1.5 * FALSE_POSITIVE_RATE, rates
 
 
 @pytest.mark.parametrize("nothing", [np.zeros(SHAPE_XYZ), np.full(SHAPE_XYZ, np.nan), np.full(SHAPE_XYZ, np.inf)])

@@ -89,6 +89,30 @@ def test_faults_of_a_plan_are_located(tmp_path: Path) -> None:
         read_plan(plan)
 
 
+def test_slips_of_a_plan_s_units_are_refused_and_the_paper_s_extremes_are_not(tmp_path: Path) -> None:
+    plan, header = tmp_path / "plan.tsv", "sex\tage_years\tventricles_mm3\tbrain_mm3"
+    for row, told in (
+        ("F\t70\t40\t1450000", r"line 2, column 'ventricles_mm3': '40' .*millilitres"),
+        ("F\t70\t40000\t1450", r"line 2, column 'brain_mm3': '1450' .*millilitres"),
+        ("F\t-70\t40000\t1450000", r"'-70' is outside 0 to 125"),
+        ("F\t1e300\t40000\t1450000", r"'1e300' is outside 0 to 125"),
+    ):
+        plan.write_text(f"{header}\n{row}\n")
+        with pytest.raises(BadInput, match=told):
+            read_plan(plan)
+    beyond = [PlanRow(0, Covariates(0, 63.0, -75e3, 1.4e6)), PlanRow(1, Covariates(1, 63.0, 7e5, 9e5))]
+    beyond += [PlanRow(2, Covariates(1, 63.0, 400.0, 1.4e6), ("ventricles_mm3",))]  # chance, and marked
+    write_plan(plan, beyond)
+    assert [row.covariates for row in read_plan(plan)] == [row.covariates for row in beyond]
+
+
+def test_a_plan_has_an_end(model: LatentDiffusion) -> None:
+    ages = {"age_years": Sweep(50, 60, 10**9)}
+    for asked, n in (({}, 10**9), (ages, None), (ages, 2)):
+        with pytest.raises(UsageError, match=r"1000000000 brains .* at most 1000000"):
+            make_plan(asked, n=n, seed=0, ranges=model.ranges, joint=model.joint)
+
+
 # ---- the brains
 
 
@@ -144,6 +168,39 @@ def test_same_command_finishes_what_is_missing(model: LatentDiffusion, tmp_path:
     assert (summary.made, summary.were_there) == (1, 4)
     assert hashes(tmp_path / "again") == hashes(tmp_path / "whole")
     assert len(hashes(tmp_path / "whole")) == 5
+
+
+def test_a_brain_of_other_bytes_is_made_again(model: LatentDiffusion, tmp_path: Path) -> None:
+    out, rows = tmp_path / "out", plan_of(model, 2)
+    generate(model, out, rows, FAST)
+    before, path = hashes(out), out / image_name(rows[1])
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert generate(model, out, rows, FAST).made == 1
+    assert hashes(out) == before
+
+
+def test_a_dataset_grows_by_the_rows_that_follow(model: LatentDiffusion, tmp_path: Path) -> None:
+    out, rows = tmp_path / "out", plan_of(model, 5)
+    generate(model, out, rows[:2], FAST)
+    first = hashes(out)
+    summary = generate(model, out, rows, FAST)
+    assert (summary.made, summary.were_there) == (3, 2)
+    assert first.items() <= hashes(out).items() and len(hashes(out)) == 5
+    assert read_plan(out / "plan.tsv") == rows and json.loads((out / "generation.json").read_text())["n"] == 5
+    assert len(read_table(out / "participants.tsv")) == 5
+    write_plan(out / "plan.tsv", rows)  # stopped between the two files
+    (out / "generation.json").write_text((out / "generation.json").read_text().replace('"n": 5', '"n": 2'))
+    assert generate(model, out, rows, FAST).made == 0
+    assert json.loads((out / "generation.json").read_text())["n"] == 5
+    with pytest.raises(UsageError, match="n: 5 there, 2 now"):
+        generate(model, out, rows[:2], FAST)
+    others = [*rows[:4], PlanRow(4, Covariates(0, 60.0, 3e4, 1.45e6)), PlanRow(5, rows[0].covariates)]
+    with pytest.raises(UsageError, match="other covariates"):
+        generate(model, out, others, FAST)
+    with pytest.raises(UsageError, match="steps: 3 there"):
+        generate(model, out, plan_of(model, 6), replace(FAST, steps=2))
 
 
 GENERATE_AND_DIE = """
@@ -234,6 +291,13 @@ def test_unsound_brains_are_drawn_again_and_counted(
     assert failures.rows[0]["participant_id"] == "sub-000002"
     records = Manifest(tmp_path / "out" / "manifest.jsonl").proven(tmp_path / "out")
     assert {index: record["attempt"] for index, record in records.items()} == {0: 0, 1: 1, 3: 0}
+    listed = [cells["participant_id"] for cells in read_table(tmp_path / "out" / "participants.tsv").rows]
+    assert listed == ["sub-000000", "sub-000001", "sub-000003"]
+    assert len(read_plan(tmp_path / "out" / "plan.tsv")) == 4
+    assert "3 synthetic" in (tmp_path / "out" / "README.md").read_text()
+    monkeypatch.undo()
+    assert generate(model, tmp_path / "out", rows, FAST).made == 1
+    assert len(read_table(tmp_path / "out" / "participants.tsv")) == 4
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from brainldm.base.covariates import PAPER_RANGES, Covariates
-from brainldm.base.errors import EnvironmentProblem, UsageError
+from brainldm.base.errors import BadInput, EnvironmentProblem, UsageError
 from brainldm.base.nifti import read_nifti
 from brainldm.base.volume import GRIDS
 from brainldm.generate.dataset import as_bundle, bundle_grid, image_name
@@ -31,7 +31,7 @@ from brainldm.model.description import (
 )
 from brainldm.model.folder import load_model, read_description
 from brainldm.model.latent_diffusion import LatentDiffusion
-from brainldm.model.memory import MemoryPlan, _held_and_free, plan_memory
+from brainldm.model.memory import MemoryPlan, _held_and_free, gigabytes, plan_memory
 from brainldm.nets.autoencoder import AutoencoderConfig
 from brainldm.nets.packed import packing_works
 from brainldm.nets.unet import UNetConfig
@@ -126,7 +126,7 @@ def test_what_is_told_before_the_first_brain(tiny_run: Path, monkeypatch: pytest
     ready = start(tiny_run / "model", rows, GenerateSettings(), precision="fp32", say=told.append)
     assert len(told) == 1
     assert told[0].startswith("5 brains, 4 at a time, 12 unipc steps each, on ")
-    assert "about" in told[0] and "GB of memory" in told[0]
+    assert "about" in told[0] and "B of memory" in told[0]
     assert ready.settings.batch == 4
 
     def hungry(description: LatentDiffusionDescription, *, batch: int, **_: object) -> MemoryPlan:
@@ -321,6 +321,22 @@ def test_a_dataset_keeps_the_batch_that_it_was_begun_with(
     monkeypatch.undo()
     generate(ready.load(), tmp_path / "out", rows, ready.settings)
     assert begin().settings.batch == 1
+
+
+@pytest.mark.parametrize("record", ["{}", "[]", '{"batch": "four", "n": "two"}'])
+def test_a_damaged_record_of_a_begun_dataset_is_named(tiny_run: Path, tmp_path: Path, record: str) -> None:
+    model = load_model(tiny_run)
+    rows = rows_of(model, 2)
+    (tmp_path / "generation.json").write_text(record)
+    with pytest.raises(BadInput, match="is damaged") as caught:
+        start(tiny_run, rows, GenerateSettings(), may_shrink_batch=True, begun=tmp_path)
+    assert caught.value.path == tmp_path / "generation.json"
+    with pytest.raises(BadInput, match="is damaged"):
+        generate(model, tmp_path, rows, GenerateSettings())
+
+
+def test_little_memory_is_told_in_megabytes() -> None:
+    assert [gigabytes(count) for count in (GB, 999 * 10**6, 10**5)] == ["1.0 GB", "999 MB", "0.1 MB"]
 
 
 def test_what_files_left_in_memory_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

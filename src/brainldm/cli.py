@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -39,7 +40,14 @@ fetch_app = App(name="fetch", help="Published weights, downloaded.", help_format
 for part in (import_app, export_app, fetch_app):
     app.command(part)
 
-Workers = Annotated[int, Parameter(help="Processes that work side by side.")]
+
+def _checked_workers(_: object, workers: int) -> None:
+    from brainldm.base.pool import check_workers
+
+    check_workers(workers)
+
+
+Workers = Annotated[int, Parameter(help="Processes that work side by side.", validator=_checked_workers)]
 Device = Annotated[str, Parameter(help="auto, cpu or cuda.")]
 Measure = Annotated[
     Literal["template", "synthseg"],
@@ -100,6 +108,7 @@ def phantom(
     workers: Workers = 1,
 ) -> None:
     """A population of made-up people with known anatomy, as a BIDS dataset."""
+    from brainldm.base.counts import counted
     from brainldm.base.volume import grid_named
     from brainldm.cohort.phantom import write_phantom_study
 
@@ -107,7 +116,8 @@ def phantom(
         write_phantom_study(
             out, n=n, grid=grid_named(grid), seed=seed, labels=labels, workers=workers, progress=progress
         )
-    _say(f"{n} phantoms are in {out}. Next: brainldm prepare {out} COHORT --grid {grid}")
+    phantoms = counted(n, "phantom is", "phantoms are")
+    _say(f"{phantoms} in {out}. Next: brainldm prepare {_quoted(out)} COHORT --grid {grid}")
 
 
 @app.command
@@ -134,6 +144,10 @@ def prepare(
     assume_orientation: Annotated[
         bool, Parameter(help="Accept headers that do not say how the image lies.", negative="")
     ] = False,
+    percentile: Annotated[
+        float | None,
+        Parameter(help="Brightness that becomes 1, say, 99.9, so that a hot vessel darkens nothing; else the maximum."),
+    ] = None,
     strict: Annotated[bool, Parameter(help="Refuse a study that holds one scan twice.", negative="")] = False,
     holdout: Annotated[float, Parameter(help="Share of people kept out of training.")] = 0.2,
     seed: Annotated[int, Parameter(help="Seed of the split.")] = 0,
@@ -152,6 +166,7 @@ def prepare(
         nan=nan,
         volume_index=volume,
         assume_orientation=assume_orientation,
+        percentile=percentile,
         strict=strict,
         holdout=holdout,
         seed=seed,
@@ -305,7 +320,7 @@ def _say_trained(summary: TrainSummary) -> None:
         shown = ", ".join(f"{key} {value:.4g}" for key, value in figures["last"].items())
         _say(f"{name}: {figures['steps']} of {figures['planned_steps']} steps in {figures['seconds']:.0f} s; {shown}")
     if summary.model:
-        _say(f"The model is in {summary.model}. Next: brainldm generate {summary.folder} OUT --n 16")
+        _say(f"The model is in {summary.model}. Next: brainldm generate {_quoted(summary.folder)} OUT --n 16")
 
 
 def _train_baseline(
@@ -470,28 +485,17 @@ def generate(
 
     What is not asked is drawn from the model's training population. The same command finishes an interrupted dataset.
     """
+    from brainldm.base.counts import counted
     from brainldm.base.errors import UsageError
-    from brainldm.generate.plan import check_ranges, make_plan, read_plan
+    from brainldm.generate.plan import as_text, check_ranges, make_plan, read_plan
+    from brainldm.generate.run import GenerateSettings, check_settings
+    from brainldm.generate.run import generate as run_generation
+    from brainldm.generate.start import parse_memory, start
     from brainldm.model.folder import read_description
 
     asked = _asked(age, sex, ventricles, brain)
     if plan is not None and (asked or n is not None):
         raise UsageError("--plan fixes every row, so it cannot go with --n, --age, --sex, --ventricles or --brain.")
-    covariates = read_description(model).covariates
-    ranges = covariates.fitted_ranges()
-    if plan is not None:
-        rows = check_ranges(read_plan(plan), ranges, allow_extrapolation=allow_extrapolation)
-    else:
-        joint = covariates.joint_model()
-        rows = make_plan(asked, n=n, seed=seed, ranges=ranges, joint=joint, allow_extrapolation=allow_extrapolation)
-    if dry_run:
-        for row in rows:
-            _say(f"{row.participant_id} {row.covariates} {' '.join(row.extrapolated)}")
-
-    from brainldm.generate.run import GenerateSettings
-    from brainldm.generate.run import generate as run_generation
-    from brainldm.generate.start import start
-
     if exact and (precision == "bf16" or batch not in (None, 1)):
         raise UsageError("--exact is float32, one brain at a time.", remedy="Leave --precision and --batch out.")
     settings = GenerateSettings(
@@ -504,6 +508,17 @@ def generate(
         gate=gate,
         guidance=guidance,
     )
+    description = read_description(model)
+    check_settings(description, settings)
+    if max_memory is not None:
+        parse_memory(max_memory)
+    covariates = description.covariates
+    ranges = covariates.fitted_ranges()
+    if plan is not None:
+        rows = check_ranges(read_plan(plan), ranges, allow_extrapolation=allow_extrapolation)
+    else:
+        joint = covariates.joint_model()
+        rows = make_plan(asked, n=n, seed=seed, ranges=ranges, joint=joint, allow_extrapolation=allow_extrapolation)
     ready = start(
         model,
         rows,
@@ -517,11 +532,13 @@ def generate(
         say=_say,
     )
     if dry_run:
+        _say(as_text(rows))
         return
     with _progress() as progress:
         summary = run_generation(ready.load(), out, rows, ready.settings, progress=progress)
     again = f", {summary.redrawn} of them drawn again" if summary.redrawn else ""
-    _say(f"{summary.made} brains made{again}, {summary.were_there} were there; all {len(rows)} are in {out}.")
+    made, there = counted(summary.made, "brain"), counted(summary.were_there, "was", "were")
+    _say(f"{made} made{again}, {there} there; all {len(rows)} are in {out}.")
 
 
 _DTYPES: dict[str, Dtype] = {"int16": "int16_unit", "uint8": "uint8_unit", "float32": "float32"}
@@ -534,11 +551,12 @@ def _asked(age: str | None, sex: str | None, ventricles: str | None, brain: str 
     from brainldm.generate.plan import Sweep
 
     asked = {}
-    for name, text, parse in (
-        ("sex", sex, lambda t: float(parse_sex(t))),
-        ("age_years", age, parse_age),
-        ("ventricles_mm3", ventricles, parse_volume),
-        ("brain_mm3", brain, parse_volume),
+    sweep = "A sweep is from:to:how-many (2 or more), such as"
+    for name, text, parse, remedy in (
+        ("sex", sex, lambda t: float(parse_sex(t)), "Write F, M or F:M."),
+        ("age_years", age, parse_age, f"{sweep} 50:80:4."),
+        ("ventricles_mm3", ventricles, parse_volume, f"{sweep} 15ml:60ml:4."),
+        ("brain_mm3", brain, parse_volume, f"{sweep} 1300ml:1600ml:4."),
     ):
         if text is None:
             continue
@@ -547,12 +565,10 @@ def _asked(age: str | None, sex: str | None, ventricles: str | None, brain: str 
             asked[name] = Sweep(parse(parts[0]), parse(parts[1]), 2)
         elif len(parts) == 1:
             asked[name] = Sweep(parse(text), parse(text), 1)
-        elif len(parts) == 3 and parts[2].isdigit() and int(parts[2]) >= 2 and name != "sex":
+        elif len(parts) == 3 and parts[2].isdecimal() and int(parts[2]) >= 2 and name != "sex":
             asked[name] = Sweep(parse(parts[0]), parse(parts[1]), int(parts[2]))
         else:
-            raise UsageError(
-                f"{text!r} is neither a value nor a sweep.", remedy="A sweep is from:to:how-many, such as 15ml:60ml:4."
-            )
+            raise UsageError(f"{text!r} is neither a value nor a sweep.", remedy=remedy)
     return asked
 
 
@@ -746,7 +762,7 @@ def import_monai(
     from brainldm.model.bundle import import_monai as run_import
 
     _say(str(run_import(autoencoder, unet, out)))
-    _say(f"Next: brainldm generate {out} BRAINS --n 4 --age 63 --sex F --ventricles 40ml --brain 1450ml")
+    _say(f"Next: brainldm generate {_quoted(out)} BRAINS --n 4 --age 63 --sex F --ventricles 40ml --brain 1450ml")
 
 
 @export_app.command(name="monai")
@@ -785,7 +801,7 @@ def export_package(
         f"{out} takes {packed.bytes / 1e6:.1f} MB; rounding changed no weight by more than {packed.rounding:.2g} "
         "of its tensor's largest."
     )
-    _say(f"Next: brainldm card {out} COHORT CARD --age AGE --sex SEX --phantoms STUDY")
+    _say(f"Next: brainldm card {_quoted(out)} COHORT CARD --age AGE --sex SEX --phantoms STUDY")
 
 
 @fetch_app.command(name="ukb")
@@ -802,7 +818,8 @@ def fetch_ukb(out: Path = Path("ukb"), /) -> None:
         files = fetch_published(out, progress=progress)
     if not (out / "model" / DESCRIPTION_NAME).exists():
         _say(str(run_import(files["autoencoder"], files["unet"], out / "model")))
-    _say(f"Next: brainldm generate {out / 'model'} BRAINS --n 4 --age 63 --sex F --ventricles 40ml --brain 1450ml")
+    model = _quoted(out / "model")
+    _say(f"Next: brainldm generate {model} BRAINS --n 4 --age 63 --sex F --ventricles 40ml --brain 1450ml")
 
 
 @fetch_app.command(name="med3d")
@@ -812,7 +829,7 @@ def fetch_med3d(out: Path = Path("med3d"), /) -> None:
 
     with _progress() as progress:
         checkpoint = run(out, progress=progress)
-    _say(f"Next: brainldm evaluate BRAINS --real COHORT --out RESULTS --features med3d={checkpoint}")
+    _say(f"Next: brainldm evaluate BRAINS --real COHORT --out RESULTS --features {_quoted(f'med3d={checkpoint}')}")
 
 
 @app.command
@@ -845,6 +862,7 @@ def evaluate(
     workers: Workers = 1,
 ) -> None:
     """Judges a folder of brains: does it obey, is it diverse, how far is it from real ones. Writes scorecard.json."""
+    from brainldm.base.counts import counted
     from brainldm.base.errors import PartialFailure, UsageError
     from brainldm.evaluate.scorecard import evaluate_dataset
 
@@ -869,9 +887,10 @@ def evaluate(
             progress=progress,
         )
     _say(scorecard.as_text())
-    _say(f"The scorecard is in {out}. Next: brainldm report {out}")
+    _say(f"The scorecard is in {out}. Next: brainldm report {_quoted(out)}")
     if scorecard.failures:
-        raise PartialFailure(f"{len(scorecard.failures)} images could not be judged; see failures.tsv.", path=out)
+        images = counted(len(scorecard.failures), "image")
+        raise PartialFailure(f"{images} could not be judged; see failures.tsv.", path=out)
 
 
 @app.command
@@ -924,6 +943,7 @@ def validate(
     workers: Workers = 1,
 ) -> None:
     """Judges the judge on real people: does it find planted copies, know a person again, call real people real?"""
+    from brainldm.base.counts import counted
     from brainldm.base.errors import PartialFailure
     from brainldm.evaluate.validation import validate as run
 
@@ -934,7 +954,8 @@ def validate(
     _say(found.as_text())
     _say(f"All figures are in {out / 'validation.json'} and {out / 'real_against_real'}.")
     if found.failures:
-        raise PartialFailure(f"{len(found.failures)} images could not be judged; see validation.json.", path=out)
+        images = counted(len(found.failures), "image")
+        raise PartialFailure(f"{images} could not be judged; see validation.json.", path=out)
 
 
 @app.command
@@ -998,6 +1019,11 @@ def _show(content: dict, *, as_json: bool) -> None:
     for key, value in content.items():
         shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
         _say(f"{key:<{width}}  {shown}")
+
+
+def _quoted(path: object) -> str:
+    """A path as a shell takes it."""
+    return shlex.quote(str(path))
 
 
 def _say(text: str) -> None:

@@ -145,17 +145,14 @@ def read_json(path: str | Path) -> Any:
 def read_json_object(path: str | Path, **needed: type) -> dict[str, Any]:
     """The JSON object in the file, with the keys `needed`, each of its type; BadInput when it is another thing."""
     content = read_json(path)
-    lacking = (
-        [] if not isinstance(content, dict) else [k for k, v in needed.items() if not isinstance(content.get(k), v)]
-    )
-    if not isinstance(content, dict) or lacking:
-        raise BadInput(
-            f"is damaged: {f'{lacking[0]!r} is missing or of another type' if lacking else 'it holds no JSON object'}.",
-            remedy="Restore the file from where it came.",
-            path=path,
-            reason="bad_json",
-        )
-    return content
+    if not isinstance(content, dict):
+        fault = "it holds no JSON object"
+    else:
+        lacking = [key for key, kind in needed.items() if not isinstance(content.get(key), kind)]
+        if not lacking:
+            return content
+        fault = f"{lacking[0]!r} is missing or of another type"
+    raise BadInput(f"is damaged: {fault}.", remedy="Restore the file from where it came.", path=path, reason="bad_json")
 
 
 def sha256_of(path: str | Path) -> str:

@@ -53,11 +53,8 @@ class Manifest:
     def proven(self, root: Path, *, full: bool = False) -> dict[int, dict[str, Any]]:
         """The finished records by their `index`: those whose `file` below `root` has the size (and, with `full`,
         the SHA-256) that the record states. The last complete record of an index counts."""
-        latest = {
-            record["index"]: record
-            for record in self.records()
-            if isinstance(record.get("index"), int) and _names_a_file(record)
-        }
+        complete = [r for r in self.records() if isinstance(r.get("index"), int) and _names_a_file(r)]
+        latest = {record["index"]: record for record in complete}
         return {index: record for index, record in latest.items() if is_intact(root, record, full=full)}
 
     def rewrite(self, records: Iterable[Mapping[str, Any]]) -> None:

@@ -68,11 +68,17 @@ def read_nifti(
     raw = _three_dimensional(path, raw, volume_index)
     data_XYZ, value_notes = _usable_values(path, raw, nan)
     affine = np.array(image.affine, dtype=np.float64)
+    pixdim = header["pixdim"][1:4].astype(float)
     unit = _UNIT_IN_MM.get(int(header["xyzt_units"]) & 7, 1.0)
     if unit != 1.0:
         affine[:3] *= unit
+        pixdim *= unit
         notes.append("header units were not mm; converted to mm")
     _check_affine(path, affine)
+    voxel_mm = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    if not np.allclose(pixdim, voxel_mm, rtol=0.01, atol=0):
+        sizes = [" x ".join(f"{v:.4g}" for v in sizes) for sizes in (pixdim, voxel_mm)]
+        notes.append(f"voxels are {sizes[0]} mm by pixdim and {sizes[1]} mm by the affine; the affine was used")
     return canonical(Volume(data_XYZ, affine, tuple(notes + value_notes)))
 
 

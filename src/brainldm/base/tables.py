@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from brainldm.base.errors import BadInput
 from brainldm.base.files import write_text
 
 MISSING_CELLS = ("", "n/a", "na", "nan", "null", "none")
+# Narrower than float(), which reads 1_0 and the digits of every script.
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
+_SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
 
 
 @dataclass(frozen=True)
@@ -59,20 +63,23 @@ class Table:
         """The cell as a finite number, None where it is n/a or empty, BadInput where it is anything else."""
         if self.is_missing(row, column):
             return None
-        text = self.rows[row][column].strip()
-        try:
-            value = float(text)
-        except ValueError:
+        value = number_in(self.rows[row][column])
+        if value is None:
             remedy = "Write numbers with a decimal point, and n/a where there is none."
-            raise self.fault(row, column, "is not a number.", remedy) from None
+            raise self.fault(row, column, "is not a number.", remedy)
         if not math.isfinite(value):
             raise self.fault(row, column, "is not a finite number.", "Write n/a where there is none.")
         return value
 
 
+def number_in(text: str) -> float | None:
+    """The number a cell holds, in plain digits with a decimal point; None where it is anything else."""
+    return float(text) if _NUMBER.fullmatch(text.strip()) else None
+
+
 def read_table(path: str | Path) -> Table:
-    """The table in a TSV file (or CSV, by its suffix). BOM and CRLF are understood; ragged rows and doubled column
-    names are BadInput, located by line."""
+    """The table in a TSV file (or CSV, by its suffix). BOM and CRLF are understood, and columns with neither a name nor
+    a value left out (a spreadsheet's last tab); ragged rows, doubled and missing names of columns are BadInput."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -98,7 +105,8 @@ def read_table(path: str | Path) -> Table:
     if not numbered:
         raise BadInput("the table is empty.", remedy="It needs a header line and rows.", path=path, reason="empty")
     columns = tuple(cell.strip() for cell in numbered[0][1])
-    doubled = sorted({c for c in columns if columns.count(c) > 1})
+    _check_separated(path, columns, separator)
+    doubled = sorted({c for c in columns if c and columns.count(c) > 1})
     if doubled:
         raise BadInput(
             f"has the column {doubled[0]!r} more than once.",
@@ -115,9 +123,31 @@ def read_table(path: str | Path) -> Table:
                 path=path,
                 reason="ragged",
             )
-        rows.append(dict(zip(columns, (cell.strip() for cell in cells))))
+        nameless = [cell.strip() for column, cell in zip(columns, cells) if not column]
+        if any(nameless):
+            raise BadInput(
+                f"line {line} has {next(filter(None, nameless))!r} in a column without a name.",
+                remedy="Give every column a name in the header line.",
+                path=path,
+                reason="nameless_column",
+            )
+        rows.append({column: cell.strip() for column, cell in zip(columns, cells) if column})
         lines.append(line)
-    return Table(path, columns, rows, lines)
+    return Table(path, tuple(filter(None, columns)), rows, lines)
+
+
+def _check_separated(path: Path, header: Sequence[str], separator: str) -> None:
+    """BadInput where the header line is of cells that are separated in another way, or in quotes that count as text."""
+    other = next((s for s in _SEPARATORS if s in header[0]), "") if len(header) == 1 else ""
+    quoted = all(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in header)
+    if other or quoted:
+        told = f"separated by {_SEPARATORS[other]}" if other else "in quotes"
+        raise BadInput(
+            f"its cells are {told}; this table needs plain cells with {_SEPARATORS[separator]} between them.",
+            remedy=f"Save it with {_SEPARATORS[separator]}{'' if separator == ',' else ' and unquoted'}.",
+            path=path,
+            reason="separator",
+        )
 
 
 def write_table(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:

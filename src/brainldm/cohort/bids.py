@@ -1,7 +1,9 @@
 """A BIDS study as people write it: the T1w scans, who they are of, and everybody who cannot be used, with the reason.
 
-One scan a person is used. Which one is a rule and no guess: images in their own space before images with a `space-`
-entity, then the first session, the first run, the first name. The others are named in the person's notes.
+One scan a person is used. Which one is a rule and no guess: of a session that the table has a row for, an image in its
+own space before one with a `space-` entity, one without a contrast agent (`ce-`), then the first session, the first
+run, the first name. The others are named in the person's notes. What sub-<id>_sessions.tsv says of the session counts
+more than participants.tsv.
 """
 
 from __future__ import annotations
@@ -10,20 +12,23 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from brainldm.base.covariates import implausible, sex_code
+from brainldm.base.covariates import FEMALE, MALE, implausible, sex_code
 from brainldm.base.errors import BadInput, EnvironmentProblem
 from brainldm.base.files import read_json
-from brainldm.base.tables import Table, read_table
+from brainldm.base.tables import Table, number_in, read_table
 
 _T1W = re.compile(r"^(sub-[^_]+)(?:_.+)?_T1w\.nii(?:\.gz)?$", re.DOTALL)
 # Columns that hold an age in years; the first that is there counts. Compared without case, - or _.
 AGE_COLUMNS = ("age_years", "age", "age_at_scan", "age_at_imaging", "age_at_session")
 SEX_COLUMNS = ("sex", "gender")
+_SEX_WORDS = {"woman": FEMALE, "girl": FEMALE, "man": MALE, "boy": MALE}  # beside those of `sex_code`
+_NEGATIONS = {"no", "non", "not", "neither"}
+_UNIT_OF_TIME = re.compile(r"\b(year|yr|y|month|mo|week|wk|day|d|hour)s?\b", re.IGNORECASE)
 # When this share of the table's people have cells that are no ages or sexes at all, the table is wrong, not people.
 _SYSTEMATIC = 0.5
 
@@ -86,7 +91,7 @@ def read_study(folder: str | Path, *, masks: str | Path | None = None, need_mask
     if not images:
         raise _no_images(root, failures)
     table = _read_participants(root)
-    people, faults = _People.read(table, _column_meanings(root)), list(failures)
+    people, faults = _People.read(table, _meanings(root / "participants.json")), list(failures)
     found_masks = _find_masks(root if masks is None else Path(masks), given=masks is not None)
 
     scans: list[Scan] = []
@@ -94,12 +99,13 @@ def read_study(folder: str | Path, *, masks: str | Path | None = None, need_mask
     malformed: list[Failure] = []
     folders = Counter(_label(participant_id).lstrip("0") for participant_id in images)
     for participant_id, found in sorted(images.items()):
-        chosen = min(found, key=_preference)
-        rows = people.rows_of(participant_id, chosen.session, folders)
-        met.update(people.rows_of(participant_id, "", folders))
+        of_person = people.rows_of(participant_id, "", folders)
+        met.update(of_person)
+        of_session = {i.session: people.rows_of(participant_id, i.session, folders) for i in found}
+        chosen = min(found, key=lambda i: (not of_session[i.session], _preference(i)))
         try:
-            row, notes = people.one_row(participant_id, rows)
-            sex, age_years = people.sex(row), people.age_years(row)
+            row, notes = people.one_row(participant_id, chosen.session, of_session[chosen.session], of_person)
+            person = people.person(row, _visit(root, chosen))
         except BadInput as error:
             fault = Failure(participant_id, chosen.file, error.reason, _located(error, root), error.remedy)
             (malformed if error.reason == "bad_cell" else faults).append(fault)
@@ -113,11 +119,11 @@ def read_study(folder: str | Path, *, masks: str | Path | None = None, need_mask
                 chosen.path,
                 chosen.file,
                 chosen.space,
-                sex,
-                age_years,
-                people.others(row),
+                person.sex,
+                person.age_years,
+                person.others,
                 _mask_of(participant_id, chosen, found_masks),
-                notes,
+                (*notes, *person.notes),
             )
         )
     if malformed and (len(malformed) >= _SYSTEMATIC * len(images) or not scans):
@@ -182,6 +188,7 @@ _LAYOUT_REMEDY = (
     "Put each scan at sub-<id>/anat/sub-<id>_T1w.nii.gz (or sub-<id>/ses-<session>/anat/...), and age and sex into "
     "participants.tsv with the columns participant_id, age, sex."
 )
+_IMAGE_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh", ".img", ".mnc", ".nrrd")
 _DICOM_REMEDY = "Convert the series to NIfTI with dcm2niix (https://github.com/rordenlab/dcm2niix), then to BIDS."
 
 
@@ -207,9 +214,13 @@ def _find_images(root: Path) -> tuple[dict[str, list[_Image]], list[Failure]]:
             if _normal(named.group(1)) != participant_id or entities.get("ses", session[4:]) != session[4:]:
                 place = "/".join(filter(None, (participant.name, session)))
                 message = f"the file is named for {named.group(1)} and lies in the folder of {place}."
-                failures.append(
-                    Failure(participant_id, file, "mislabelled", message, "Find out whose scan it is, and name it so.")
-                )
+                remedy = "Find out whose scan it is, and name it so."
+                if "_" in participant.name:
+                    message = (
+                        f"the id {_label(participant_id)!r} holds an underscore, which ends an id in a file's name."
+                    )
+                    remedy = f"Rename folder and files to {participant_id.replace('_', '')}, and the row of the table."
+                failures.append(Failure(participant_id, file, "mislabelled", message, remedy))
                 continue
             images.setdefault(participant_id, []).append(_Image(path, file, session, entities.get("space", "")))
     return images, failures
@@ -232,7 +243,8 @@ def _entities(file_name: str) -> dict[str, str]:
 
 def _preference(image: _Image) -> tuple:
     entities = _entities(image.path.name)
-    return image.space != "", _natural(image.session), _natural(entities.get("run", "")), _natural(image.path.name)
+    rank = (image.space != "", "ce" in entities)
+    return *rank, _natural(image.session), _natural(entities.get("run", "")), _natural(image.path.name)
 
 
 def _natural(text: str) -> list[tuple[int, int, str]]:
@@ -255,12 +267,15 @@ def _no_images(root: Path, failures: list[Failure]) -> BadInput:
         found, remedy = "; what is there is zipped", "Unpack it; DICOM is converted with dcm2niix."
     else:
         derivatives = [d.name for d in _folders(root / "derivatives", "") if _find_images(d)[0]]
-        loose = [path for path in below if path.name.endswith((".nii", ".nii.gz"))]
+        loose = [path for path in below if path.name.lower().endswith(_IMAGE_SUFFIXES)]
         if derivatives:
             found = f"; there are some in derivatives/{derivatives[0]}"
             remedy = "Give that folder instead, with a participants.tsv in it."
         elif loose:
-            found = f"; there are other NIfTI files, such as {loose[0].relative_to(root)}"
+            some = ", ".join(path.relative_to(root).as_posix() for path in loose[:3])
+            found = f"; there are {len(loose)} other images, such as {some}"
+            if not all(path.name.endswith((".nii", ".nii.gz")) for path in loose):
+                remedy = f"Convert what is no .nii or .nii.gz (FreeSurfer's mri_convert), rename .NII.GZ. {remedy}"
         elif not below:
             found = "; the folder is empty"
     return BadInput(f"{looked_for}{found}.", remedy=remedy, path=root, reason="not_bids")
@@ -344,17 +359,79 @@ def _read_participants(root: Path) -> Table:
     return read_table(path)
 
 
-def _column_meanings(root: Path) -> Mapping[str, Any]:
-    path = root / "participants.json"
-    content = read_json(path) if path.exists() else {}
-    return content if isinstance(content, dict) else {}
+def _meanings(*paths: Path) -> dict[str, Any]:
+    """What the JSON files beside a table say of its columns; a later file's word counts more."""
+    meanings: dict[str, Any] = {}
+    for path in paths:
+        content = read_json(path) if path.exists() else {}
+        meanings |= content if isinstance(content, dict) else {}
+    return meanings
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """The row of a scan's session in sub-<id>_sessions.tsv."""
+
+    table: Table
+    row: int
+    session: str
+    meanings: Mapping[str, Any]
+
+
+def _visit(root: Path, scan: _Image) -> _Visit | None:
+    """None where the person has no such table, or it does not name the session."""
+    folder = root / Path(scan.file).parts[0]
+    path = folder / f"{folder.name}_sessions.tsv"
+    if not scan.session or not path.exists():
+        return None
+    table = read_table(path)
+    rows = _of_session(_sessions(table, _column(table, ("session_id",)), range(len(table))), scan.session)
+    if len(rows) > 1:
+        raise table.fault(rows[1], _column(table, ("session_id",)), "is a second row of one session.", "Keep one.")
+    meanings = _meanings(root / "sessions.json", path.with_suffix(".json"))
+    return _Visit(table, rows[0], scan.session, meanings) if rows else None
+
+
+@dataclass(frozen=True)
+class _Cell:
+    table: Table
+    row: int
+    column: str
+
+    @property
+    def text(self) -> str:
+        return self.table.rows[self.row].get(self.column, "")
+
+    @property
+    def is_missing(self) -> bool:
+        return self.table.is_missing(self.row, self.column)
+
+    def fault(self, rule: str, remedy: str) -> BadInput:
+        return self.table.fault(self.row, self.column, rule, remedy)
+
+    def missing(self, what: str) -> BadInput:
+        return BadInput(
+            f"line {self.table.lines[self.row]} of {self.table.path.name}, column {self.column!r}: there is no value.",
+            remedy=f"Fill in the {self.column} of this person to include them.",
+            reason=f"missing_{what}",
+        )
+
+
+@dataclass(frozen=True)
+class _Person:
+    sex: int
+    age_years: float
+    others: Mapping[str, str]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class _People:
-    """participants.tsv, asked by person."""
+    """participants.tsv, asked by person. `session_column` is empty where there is none."""
 
     table: Table
+    id_column: str
+    session_column: str
     age_column: str
     sex_column: str
     by_label: Mapping[str, list[int]]
@@ -365,33 +442,43 @@ class _People:
 
     @classmethod
     def read(cls, table: Table, meanings: Mapping[str, Any]) -> _People:
-        table.require("participant_id")
-        age_column, sex_column = _column(table, AGE_COLUMNS, "age"), _column(table, SEX_COLUMNS, "sex")
+        id_column, sex_column = _column(table, ("participant_id",)), _column(table, SEX_COLUMNS)
+        age_column = _find_column(table, AGE_COLUMNS)
+        if not age_column and not any(table.path.parent.glob("sub-*/sub-*_sessions.tsv")):
+            _column(table, AGE_COLUMNS)
+        meanings = {column: about for column in table.columns if (about := _about(column, meanings)) is not None}
         _check_age_unit(table, meanings, age_column)
         by_label: dict[str, list[int]] = {}
         by_bare_label: dict[str, list[int]] = {}
         for row, cells in enumerate(table.rows):
-            label = _label(cells["participant_id"])
+            label = _label(cells[id_column])
             if not label:
-                raise table.fault(row, "participant_id", "is no id.", "Every row needs the id of its person.")
+                raise table.fault(row, id_column, "is no id.", "Every row needs the id of its person.")
             by_label.setdefault(label, []).append(row)
             by_bare_label.setdefault(label.lstrip("0"), []).append(row)
         levels = meanings.get(sex_column)
         levels = levels.get("Levels") if isinstance(levels, dict) else None
         sex_levels = {_code(k): _meaning(v) for k, v in levels.items()} if isinstance(levels, dict) else {}
-        codes_from_one = any(cells[sex_column].strip() in ("2", "2.0") for cells in table.rows)
-        return cls(table, age_column, sex_column, by_label, by_bare_label, sex_levels, codes_from_one, meanings)
+        return cls(
+            table,
+            id_column,
+            _find_column(table, ("session_id",)),
+            age_column or "age",
+            sex_column,
+            by_label,
+            by_bare_label,
+            sex_levels,
+            any(_code(cells[sex_column]) == "2" for cells in table.rows),
+            meanings,
+        )
 
     @property
     def other_columns(self) -> tuple[str, ...]:
-        used = ("participant_id", self.age_column, self.sex_column)
+        used = (self.id_column, self.age_column, self.sex_column)
         return tuple(c for c in self.table.columns if c not in used)
 
     def id_of(self, row: int) -> str:
-        return f"sub-{_label(self.table.rows[row]['participant_id'])}"
-
-    def others(self, row: int) -> dict[str, str]:
-        return {c: self.table.rows[row][c] for c in self.other_columns}
+        return f"sub-{_label(self.table.rows[row][self.id_column])}"
 
     def rows_of(self, participant_id: str, session: str, folders: Mapping[str, int]) -> list[int]:
         """The person's rows; of those that name sessions, the ones of this session.
@@ -402,16 +489,20 @@ class _People:
         label = _label(participant_id)
         bare = label.lstrip("0")
         rows = self.by_label.get(label) or (self.by_bare_label.get(bare, []) if folders[bare] == 1 else [])
-        if session and "session_id" in self.table.columns:
-            sessions = {r: _label(self.table.rows[r]["session_id"], "ses-") for r in rows}
-            named = {r: label for r, label in sessions.items() if label and not self.table.is_missing(r, "session_id")}
-            wanted = session.removeprefix("ses-")
-            of_session = [r for r, label in named.items() if label == wanted]
-            of_session = of_session or [r for r, label in named.items() if label.lstrip("0") == wanted.lstrip("0")]
-            return of_session if named else rows
-        return rows
+        named = _sessions(self.table, self.session_column, rows)
+        return _of_session(named, session) if session and named else rows
 
-    def one_row(self, participant_id: str, rows: list[int]) -> tuple[int, tuple[str, ...]]:
+    def one_row(
+        self, participant_id: str, session: str, rows: list[int], of_person: list[int]
+    ) -> tuple[int, tuple[str, ...]]:
+        """The row to take of the `rows` of a session, or of all rows `of_person`, and what to note of it."""
+        if not rows and of_person:
+            named = sorted({f"ses-{s}" for s in _sessions(self.table, self.session_column, of_person).values()})
+            raise BadInput(
+                f"{self.table.path.name} has no row for session {session}; rows name {', '.join(named)}.",
+                remedy=f"Add a row for {participant_id}, {session}, with age and sex.",
+                reason="not_in_table",
+            )
         if not rows:
             raise BadInput(
                 f"{self.table.path.name} has no row for this person.",
@@ -419,64 +510,97 @@ class _People:
                 reason="not_in_table",
             )
         lines = ", ".join(str(self.table.lines[r]) for r in rows)
-        labels = {_label(self.table.rows[r]["participant_id"]) for r in rows}
+        labels = {_label(self.table.rows[r][self.id_column]) for r in rows}
         if len(labels) > 1:
             raise BadInput(
                 f"lines {lines} of {self.table.path.name} could all be this person: {', '.join(sorted(labels))}.",
                 remedy=f"Write {participant_id} in the row that is theirs.",
                 reason="ambiguous_id",
             )
-        said = {tuple(self.table.rows[r][c].lower() for c in (self.age_column, self.sex_column)) for r in rows}
-        if len(said) > 1:
+        said = [[_Cell(self.table, r, c).text for c in (self.age_column, self.sex_column)] for r in rows]
+        if len({tuple(map(_comparable, texts)) for texts in said}) > 1:
             raise BadInput(
                 f"lines {lines} of {self.table.path.name} give this person different ages or sexes.",
                 remedy="Keep one row a person (or add a session_id column).",
                 reason="duplicate_rows",
             )
-        written = self.table.rows[rows[0]]["participant_id"]
+        written = self.table.rows[rows[0]][self.id_column]
         notes = [] if _normal(written) in (participant_id, participant_id[4:]) else [f"matched to the row of {written}"]
         return rows[0], (*notes, *([f"lines {lines} of the table say the same"] if len(rows) > 1 else []))
 
-    def age_years(self, row: int) -> float:
-        age = self.table.number(row, self.age_column)
-        if age is None:
-            raise self._missing(row, self.age_column)
-        fault = implausible("age_years", age)
-        if fault:
-            raise self.table.fault(
-                row, self.age_column, f"{fault}: no age in years.", "Write the age in years, or n/a."
-            )
-        return age
+    def person(self, row: int, visit: _Visit | None) -> _Person:
+        """What the study says of the person in this row, at the visit where that has a word on it; BadInput where age
+        or sex cannot be told."""
+        cells = {c: _Cell(self.table, row, c) for c in (self.age_column, self.sex_column, *self.other_columns)}
+        notes = () if visit is None else self._put_visit(cells, visit)
+        sex, age_years = self._sex(cells[self.sex_column]), _age_years(cells[self.age_column])
+        return _Person(sex, age_years, {c: cells[c].text for c in self.other_columns}, notes)
 
-    def sex(self, row: int) -> int:
-        if self.table.is_missing(row, self.sex_column):
-            raise self._missing(row, self.sex_column)
-        text = self.table.rows[row][self.sex_column].strip().lower()
+    def _put_visit(self, cells: dict[str, _Cell], visit: _Visit) -> tuple[str, ...]:
+        """Puts what the visit says in the place of what participants.tsv does; returns notes on it."""
+        taken: list[str] = []
+        missing: list[str] = []
+        for column in cells:
+            found = _find_column(visit.table, AGE_COLUMNS if column == self.age_column else (column,))
+            if not found or column == self.session_column:
+                continue
+            if column == self.age_column:
+                _check_age_unit(visit.table, visit.meanings, found)
+            cell = _Cell(visit.table, visit.row, found)
+            (missing if cell.is_missing else taken).append(column)
+            cells[column] = cells[column] if cell.is_missing else cell
+        where = visit.table.path.name
+        notes = [f"{', '.join(taken)} of {visit.session} taken from {where}"] if taken else []
+        if missing:
+            notes.append(f"{', '.join(missing)} taken from {self.table.path.name}: {where} has no value")
+        return tuple(notes)
+
+    def _sex(self, cell: _Cell) -> int:
+        if cell.is_missing:
+            raise cell.missing("sex")
         # A number is what the study says it is, in a word known here.
-        level = self.sex_levels.get(_code(text))
-        understood = [c for word in _words(level or "") if (c := sex_code(word)) is not None]
-        code = understood[0] if understood else sex_code(text)
-        if not understood and _code(text).isdigit() and (level is not None or self.codes_from_one):
-            code = None  # 1 and 2 are female and male to some, male and female to others
-        if code is None:
-            raise self.table.fault(
-                row,
-                self.sex_column,
+        code = _code(cell.text)
+        level = self.sex_levels.get(code)
+        sex = None if level is None else _sex_in(level)
+        # 1 and 2 are female and male to some, male and female to others
+        if sex is None and not (code.isdigit() and (level is not None or self.codes_from_one)):
+            sex = _sex_word(code)
+        if sex is None:
+            raise cell.fault(
                 "is not a sex known here.",
                 "Write F or M (female, male; 0 is female, 1 male), or explain it under Levels in participants.json.",
             )
-        return code
+        return sex
 
-    def _missing(self, row: int, column: str) -> BadInput:
-        return BadInput(
-            f"line {self.table.lines[row]} of {self.table.path.name}, column {column!r}: there is no value.",
-            remedy=f"Fill in the {column} of this person to include them.",
-            reason=f"missing_{'age' if column == self.age_column else 'sex'}",
-        )
+
+def _age_years(cell: _Cell) -> float:
+    age = cell.table.number(cell.row, cell.column)
+    if age is None:
+        raise cell.missing("age")
+    if fault := implausible("age_years", age):
+        raise cell.fault(f"{fault}: no age in years.", "Write the age in years, or n/a.")
+    return age
+
+
+def _sessions(table: Table, column: str, rows: Sequence[int]) -> dict[int, str]:
+    """The sessions that rows name, without `ses-`; rows that name none are left out."""
+    return {r: _label(table.rows[r][column], "ses-") for r in rows if not table.is_missing(r, column)}
+
+
+def _of_session(named: Mapping[int, str], session: str) -> list[int]:
+    """The rows that name this session; where none does, those that name it with other leading zeros."""
+    wanted = _label(session, "ses-")
+    exact = [row for row, label in named.items() if label == wanted]
+    return exact or [row for row, label in named.items() if label.lstrip("0") == wanted.lstrip("0")]
 
 
 def _code(text: object) -> str:
     return str(text).strip().lower().removesuffix(".0")
+
+
+def _comparable(text: str) -> float | str:
+    number = number_in(text)
+    return text.lower() if number is None else number
 
 
 def _meaning(level: object) -> str:
@@ -484,15 +608,41 @@ def _meaning(level: object) -> str:
     return str(level.get("Description", "") if isinstance(level, dict) else level)
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W\d_]+", text)
+def _sex_word(text: str) -> int | None:
+    code = sex_code(text)
+    return _SEX_WORDS.get(text.lower()) if code is None else code
 
 
-def _column(table: Table, names: Iterable[str], what: str) -> str:
-    by_plain_name = {_plain(c): c for c in reversed(table.columns)}
+def _sex_in(level: str) -> int | None:
+    """The one sex that a level's words name; None where they name none or both, or deny it."""
+    words = re.findall(r"[^\W\d_]+", level.lower())
+    named = {code for word in words if (code := _sex_word(word)) is not None}
+    return named.pop() if len(named) == 1 and not _NEGATIONS & set(words) else None
+
+
+def _find_column(table: Table, names: Sequence[str]) -> str:
+    """The column of the first of these names that is there, compared without case and punctuation; empty where none
+    is. A name that is written exactly so comes first; of others that are alike, each must hold the same."""
     for name in names:
-        if _plain(name) in by_plain_name:
-            return by_plain_name[_plain(name)]
+        alike = [c for c in table.columns if _plain(c) == _plain(name)]
+        if name in alike:
+            return name
+        for column in alike[1:]:
+            for row, cells in enumerate(table.rows):
+                if _comparable(cells[column]) != _comparable(cells[alike[0]]):
+                    raise table.fault(
+                        row, column, f"differs from column {alike[0]!r}: {cells[alike[0]]!r}.", "Keep one of them."
+                    )
+        if alike:
+            return alike[0]
+    return ""
+
+
+def _column(table: Table, names: Sequence[str]) -> str:
+    """`_find_column`, or BadInput."""
+    if found := _find_column(table, names):
+        return found
+    what = "age" if names == AGE_COLUMNS else names[0]
     raise BadInput(
         f"has no column for {what}; its columns are: {', '.join(table.columns)}.",
         remedy=f"Name the column that holds it {what!r}.",
@@ -505,12 +655,20 @@ def _plain(column: str) -> str:
     return re.sub(r"[\s_.-]", "", column).lower()
 
 
+def _about(column: str, meanings: Mapping[str, Any]) -> Any:
+    """What a JSON file says of a column: under its name, or one that differs in case and punctuation."""
+    alike = [about for name, about in meanings.items() if _plain(name) == _plain(column)]
+    return meanings.get(column, alike[0] if alike else None)
+
+
 def _check_age_unit(table: Table, meanings: Mapping[str, Any], column: str) -> None:
-    about = meanings.get(column)
+    """BadInput where the first unit of time among the words under Units is not the year."""
+    about = _about(column, meanings)
     unit = str(about.get("Units", "")) if isinstance(about, dict) else ""
-    if unit.strip().lower().rstrip("s") in ("month", "week", "day", "hour", "mo", "wk", "d"):
+    named = _UNIT_OF_TIME.search(unit)
+    if named and not named.group(1).lower().startswith("y"):
         raise BadInput(
-            f"column {column!r} is in {unit} (participants.json says so); ages must be in years.",
+            f"column {column!r} has the unit {unit!r} (the JSON file beside it says so); ages must be in years.",
             remedy="Add a column age_years.",
             path=table.path,
             reason="bad_unit",
@@ -518,7 +676,8 @@ def _check_age_unit(table: Table, meanings: Mapping[str, Any], column: str) -> N
 
 
 def _label(text: str, prefix: str = "sub-") -> str:
-    return _normal(text).removeprefix(prefix)
+    text = _normal(text)
+    return text[len(prefix) :] if text.lower().startswith(prefix) else text
 
 
 def _normal(text: str) -> str:

@@ -171,7 +171,7 @@ class VolumeDataset:
         """Whether all images are kept in memory once they were read."""
         return len(self) <= self._cache_holds
 
-    def keep_uncompressed(self, folder: Path, progress: Progress = Quiet()) -> None:  # stateless
+    def keep_uncompressed(self, folder: Path, progress: Progress = Quiet()) -> None:
         """From now on images come from one uncompressed file in `folder` (cohort/uncompressed), written first if it is
         not there: the operating system keeps as much of it in memory as there is room for. Each image is compared with
         its checksum the first time it is read. EnvironmentProblem where the disk has no room."""

@@ -136,7 +136,7 @@ def write_phantom_study(
     seed: int,
     labels: Path | None = None,
     workers: int = 1,
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
 ) -> None:
     """Writes phantoms 0 to n - 1 as a BIDS derivative dataset, or makes what is missing of it.
 

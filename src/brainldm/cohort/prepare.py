@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import brainldm
+from brainldm.base.counts import counted
 from brainldm.base.covariates import VOLUMES, implausible
 from brainldm.base.errors import BadInput, BrainldmError, EnvironmentProblem, PartialFailure, UsageError
 from brainldm.base.files import check_output_apart, locked_folder, read_json, write_json
 from brainldm.base.manifest import Manifest
 from brainldm.base.pool import check_workers, each_in_a_pool
 from brainldm.base.progress import Progress, Quiet
-from brainldm.base.tables import read_table
+from brainldm.base.tables import number_in, read_table
 from brainldm.base.volume import grid_named
 from brainldm.cohort.bids import Failure, Scan, Study, read_study
 from brainldm.cohort.cohort_tables import CohortPerson, write_cohort_tables
@@ -55,7 +56,8 @@ class PrepareSummary:
     def __str__(self) -> str:
         splits = ", ".join(f"{split} {n}" for split, n in self.splits.items())
         new = "" if self.newly_prepared == self.people else f"; {self.newly_prepared} of them now"
-        lines = [f"{self.people} people are prepared in {self.out} ({splits}{new}), in {self.seconds:.0f} s."]
+        people = counted(self.people, "person is", "people are")
+        lines = [f"{people} prepared in {self.out} ({splits}{new}), in {self.seconds:.0f} s."]
         if self.flagged:
             lines.append(f"{self.flagged} of them should be looked at: see flags in {self.out / 'quality.tsv'}.")
         if self.failures:
@@ -69,7 +71,7 @@ def prepare_study(
     config: PrepareConfig,
     *,
     workers: int = 1,
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
 ) -> PrepareSummary:
     """Prepares the study in `bids` into `out`, or finishes, extends or refreshes what an earlier call made there.
 
@@ -171,11 +173,10 @@ def _known_volumes(study: Study, config: PrepareConfig) -> tuple[dict[str, dict[
         fault, values = "", {}
         for name in VOLUMES:
             text = _of_person(cells, scan.participant_id).get(name, "")
-            try:
-                values[name] = float(text)
-                fault = fault or implausible(name, values[name])
-            except ValueError:
-                fault = fault or "is no number"
+            value = number_in(text)
+            if value is not None:
+                values[name] = value
+            fault = fault or ("is no number" if value is None else implausible(name, value))
             if fault and not fault.startswith(name):
                 fault = f"{name} {text or 'n/a'!r} {fault}"
         if fault:
@@ -330,8 +331,8 @@ def _people(
 
 
 def _duplicates(people: list[CohortPerson], config: PrepareConfig) -> tuple[list[CohortPerson], list[Failure]]:
-    """People whose scans are equal voxel for voxel, or whose prepared images are (a scan and the same times 2): flagged,
-    or with `strict` refused, all of them."""
+    """People whose scans are equal voxel for voxel, or whose prepared images are (a scan and its double): flagged, or
+    with `strict` refused, all of them."""
     joined_to: dict[str, str] = {}
 
     def first(sha256: str) -> str:

@@ -35,6 +35,8 @@ FEWEST_PEOPLE = 20
 _HEAD_ABOVE = 0.15  # of the 99th percentile
 _MIXTURE_VOXELS = 4000
 _LEAST_VARIANCE = 0.01  # in units of each figure's own
+_QUANTILES_APART = 2 * stats.norm.ppf(0.975)  # standard deviations between a normal figure's 2.5 and 97.5 %
+_ROUNDS = 20  # of weighting; each leaves less than half of what two far people in a hundred add to the spread
 
 
 def figures_of(image_XYZ: np.ndarray, voxel_mm: float) -> np.ndarray | None:
@@ -98,16 +100,18 @@ class UsualImages:
     def fitted(cls, figures: Iterable[np.ndarray]) -> UsualImages | None:
         """Of the figures of these images; None where there are fewer than FEWEST_PEOPLE.
 
-        The covariance is shrunk (Ledoit and Wolf 2004). The threshold is set on people the ellipsoid was not fitted to
-        (ten folds), at their greatest distance or the one that unseen members of a normal population pass at the stated
-        rate (Hotelling), whichever is farther: tens of people cannot show one in two hundred.
+        The covariance is shrunk (Ledoit and Wolf 2004), and people far from the others count less in it. The threshold
+        is set on people the ellipsoid was not fitted to (ten folds): the distance that the stated rate of them pass,
+        or their greatest where they are too few to show that rate; or the one that unseen members of a normal
+        population pass at it (Hotelling), whichever is farther.
         """
         table = np.array(list(figures), dtype=np.float64).reshape(-1, len(FIGURES))
         n = len(table)
         if n < FEWEST_PEOPLE:
             return None
         # A figure that hardly varies is given a little room: a hundredth of its value.
-        scale = np.maximum(table.std(axis=0), np.maximum(0.01 * np.abs(table.mean(axis=0)), 1e-3))
+        low, middle, high = np.quantile(table, [0.025, 0.5, 0.975], axis=0)
+        scale = np.maximum((high - low) / _QUANTILES_APART, np.maximum(0.01 * np.abs(middle), 1e-3))
         fold = np.arange(n) % 10
         apart = np.concatenate(
             [_mahalanobis(table[fold == k], *_ellipsoid(table[fold != k], scale)) for k in range(10)]
@@ -116,11 +120,13 @@ class UsualImages:
         unseen = p * (n + 1) * (n - 1) / (n * (n - p)) * stats.f.ppf(1 - FALSE_POSITIVE_RATE, p, n - p)
         expected = float(np.sqrt(unseen))
         mean, precision = _ellipsoid(table, scale)
+        enough = 1 / FALSE_POSITIVE_RATE
+        seen = np.quantile(apart, 1 - FALSE_POSITIVE_RATE, method="lower") if n >= enough else apart.max()
         return cls(
             n,
             tuple(mean.tolist()),
             tuple(tuple(line) for line in precision.tolist()),
-            max(expected, float(apart.max())),
+            max(expected, float(seen)),
         )
 
     def objection(self, figures: np.ndarray | None) -> str:
@@ -166,10 +172,22 @@ class UsualImages:
 
 
 def _ellipsoid(table_NF: np.ndarray, scale_F: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and precision; shrunk after each figure is put in units of its own spread."""
-    fit = LedoitWolf().fit(table_NF / scale_F)
-    covariance_FF = fit.covariance_ + _LEAST_VARIANCE * np.eye(len(scale_F))
-    return fit.location_ * scale_F, np.linalg.inv(covariance_FF) / np.outer(scale_F, scale_F)
+    """Mean and precision; shrunk after each figure is put in units of its own spread.
+
+    Huber's weights (Maronna 1976): whoever is farther than all but a hundredth of a normal population counts as if
+    they were that far, so that a few broken images among the people do not widen what is usual.
+    """
+    units_NF = table_NF / scale_F
+    far = stats.chi2.ppf(0.99, len(scale_F))
+    centre_F, weights_N = np.median(units_NF, axis=0), np.ones(len(units_NF))
+    for _ in range(_ROUNDS):
+        shifted_NF = np.sqrt(weights_N)[:, None] * (units_NF - centre_F)
+        covariance_FF = LedoitWolf(assume_centered=True).fit(shifted_NF).covariance_
+        precision_FF = np.linalg.inv(covariance_FF + _LEAST_VARIANCE * np.eye(len(scale_F)))
+        apart_N = _mahalanobis(units_NF, centre_F, precision_FF)
+        weights_N = np.minimum(1.0, far / np.maximum(apart_N**2, 1e-9))
+        centre_F = weights_N @ units_NF / weights_N.sum()
+    return centre_F * scale_F, precision_FF / np.outer(scale_F, scale_F)
 
 
 def _mahalanobis(table_NF: np.ndarray, mean_F: np.ndarray, precision_FF: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import brainldm
+from brainldm.base.counts import counted
 from brainldm.base.errors import BadInput, PartialFailure, UsageError
 from brainldm.base.files import check_output_apart, locked_folder, sha256_of, write_json
 from brainldm.base.manifest import Manifest
@@ -41,7 +42,7 @@ class InstrumentCheck:
     failures: tuple[Failure, ...]
 
     def as_text(self) -> str:
-        lines = [f"{self.measured} scans measured by {self.instrument}."]
+        lines = [f"{counted(self.measured, 'scan')} measured by {self.instrument}."]
         if self.agreement is not None:
             for name, estimate in asdict(self.agreement).items():
                 if estimate["value"] is None:
@@ -59,11 +60,12 @@ def check_instrument(
     against: str | None = None,
     instrument: Instrument | None = None,
     workers: int = 1,
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
 ) -> InstrumentCheck:
     """Measures every scan in `study` and compares the ventricles with the column `against` of its participants.tsv.
 
-    UsageError for a column that is not there, BadInput for two values of one person (and session); PartialFailure, after all is written, when scans could not be measured.
+    UsageError for a column that is not there, BadInput for two values of one person (and session); PartialFailure,
+    after all is written, when scans could not be measured.
     """
     from brainldm.cohort.measure import TemplateMeasure
 
@@ -99,7 +101,7 @@ def check_instrument(
         write_json(out / "instrument.json", content | asdict(check))
     if failures:
         raise PartialFailure(
-            f"{len(failures)} of {len(folder.images)} scans could not be measured; the first: "
+            f"{len(failures)} of {counted(len(folder.images), 'scan')} could not be measured; the first: "
             f"{failures[0].file} {failures[0].message}",
             remedy="All of them are listed in instrument.json.",
             path=out,

@@ -141,7 +141,7 @@ def evaluate_dataset(
     show_real: bool = True,
     held_out_only: bool = False,
     cache: Path | None = None,
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
 ) -> Scorecard:
     """Judges the images in `synth` against those in `real`, writes everything below `out` and returns the scorecard.
     Either is a folder, or images listed already.

@@ -144,7 +144,7 @@ def validate(
     pairs: int = 200,
     seed: int = 0,
     workers: int = 1,
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
 ) -> Validation:
     """Runs all three on the people in `folder` (a prepared cohort, or images that lie in one space) and writes `out`.
     Images that cannot be judged are listed in `.failures` and in validation.json, and the rest is used. `instrument`

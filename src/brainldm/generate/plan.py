@@ -133,6 +133,17 @@ def write_plan(path: Path, rows: list[PlanRow]) -> None:
     )
 
 
+def as_text(rows: list[PlanRow]) -> str:
+    """The plan for the terminal: a line a brain, volumes in ml."""
+    lines = [f"{'participant_id':<14}  sex    age  ventricles ml  brain ml  extrapolated"]
+    for row in rows:
+        asked = row.covariates
+        volumes = f"{asked.ventricles_mm3 / 1000:13.1f}  {asked.brain_mm3 / 1000:8.1f}"
+        line = f"{row.participant_id:<14}  {asked.sex_letter:<3}  {asked.age_years:5.1f}  {volumes}"
+        lines.append(f"{line}  {', '.join(row.extrapolated)}".rstrip())
+    return "\n".join(lines)
+
+
 def read_plan(path: Path) -> list[PlanRow]:
     """The plan in a TSV: the covariates in physical units by their names, `index` optional (else counted from 0).
 

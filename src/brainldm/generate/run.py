@@ -65,14 +65,14 @@ def generate(
     rows: list[PlanRow],
     settings: GenerateSettings,
     *,
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
 ) -> GenerateSummary:
     """Makes every row of the plan that `out` does not hold yet, as a BIDS derivative.
 
     The plan and the settings are written before the first brain; `out` must be empty or hold the same, or the first
-    rows of it (where it holds every brain already, it may have been made on another device). An image that is not finite or empty is drawn again
-    from the row's next stream, up to three times; rows that stay so are listed in failures.tsv and PartialFailure is
-    raised after all others are done.
+    rows of it (where it holds every brain already, it may have been made on another device). An image that is not
+    finite or empty is drawn again from the row's next stream, up to three times; rows that stay so are listed in
+    failures.tsv, not in participants.tsv, and PartialFailure is raised after all others are done.
     """
     check_settings(model.description, settings)
     population = _population(model.description) if settings.gate else None
@@ -238,10 +238,10 @@ def _record_or_compare(out: Path, facts: dict[str, Any], rows: list[PlanRow], *,
     plan = out / "plan.tsv"
     if not different and not plan.exists():
         write_plan(plan, rows)  # stopped between the two files, so before the first brain
-    there = [] if different else [row.covariates for row in read_plan(plan)]
-    asked = [row.covariates for row in rows]
-    if there != (asked[: len(there)] if grows else asked):
-        different = different or ["plan: other covariates"]
+    if not different:
+        there, asked = ([row.covariates for row in plan_rows] for plan_rows in (read_plan(plan), rows))
+        if there != (asked[: len(there)] if grows else asked):
+            different = ["plan: other covariates"]
     if different:
         raise UsageError(
             f"this folder holds another dataset; it differs in {'; '.join(different[:3])}.",
@@ -342,6 +342,6 @@ def _report_failures(out: Path, rows: list[PlanRow], failed: dict[int, str]) -> 
         ),
     )
     raise PartialFailure(
-        f"{len(failed)} of {counted(len(rows), 'brain')} could not be made; they are listed in failures.tsv, the rest is done.",
+        f"{len(failed)} of {counted(len(rows), 'brain')} could not be made: see failures.tsv; the rest is done.",
         path=out,
     )

@@ -87,7 +87,7 @@ def compare_samplers(
     device: str = "auto",
     precision: str = "auto",
     compared: dict[str, tuple[int, ...]] = COMPARED,
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
 ) -> SamplerTable:
     """Samples `n` brains of the model's own people with each sampler and number of steps; writes samplers.json and
     samplers.png. Times are of sampling, without decoding, all brains in one batch."""

@@ -38,7 +38,7 @@ def fetch_published(
     folder: Path,
     *,
     endpoint: str | None = None,
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
 ) -> dict[str, Path]:
     """The bundle's two files in `folder`, downloaded where they are not there yet, proven by md5.
 
@@ -57,7 +57,7 @@ def fetch_med3d(
     folder: Path,
     *,
     endpoint: str | None = None,
-    progress: Progress = Quiet(),  # stateless
+    progress: Progress = Quiet(),
 ) -> Path:
     """MedicalNet's ResNet-50 checkpoint in `folder` (185 MB), proven by SHA-256; errors as `fetch_published`."""
     wanted = Wanted(MED3D_NAME, "sha256", MED3D_SHA256[MED3D_NAME])

@@ -169,7 +169,7 @@ def load_model(
     device: str | torch.device = "cpu",
     *,
     precision: str = "fp32",
-    memory: MemoryPlan = MemoryPlan(),  # frozen
+    memory: MemoryPlan = MemoryPlan(),
 ) -> LatentDiffusion | GanModel:
     """The model in a folder, its weights proven by size and SHA-256, in evaluation mode on `device`.
 
@@ -192,7 +192,7 @@ def load_latent_diffusion(
     device: str | torch.device = "cpu",
     *,
     precision: str = "fp32",
-    memory: MemoryPlan = MemoryPlan(),  # frozen
+    memory: MemoryPlan = MemoryPlan(),
 ) -> LatentDiffusion:
     """As `load_model`, for what only latent diffusion can do; BadInput for a model of another kind."""
     model = load_model(folder, device, precision=precision, memory=memory)

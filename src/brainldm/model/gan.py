@@ -54,7 +54,7 @@ class GanModel:
         *,
         sampler: str = "none",
         steps: int | None = None,
-        progress: Progress = Quiet(),  # stateless
+        progress: Progress = Quiet(),
     ) -> np.ndarray:
         """Images (B, X, Y, Z) in 0..1 units of the training cohort, float32, RAS+; there is no sampler and no step.
 

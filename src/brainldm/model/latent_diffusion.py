@@ -76,7 +76,7 @@ class LatentDiffusion:
         *,
         sampler: str = DEFAULT_SAMPLER,
         steps: int | None = None,
-        progress: Progress = Quiet(),  # stateless
+        progress: Progress = Quiet(),
     ) -> np.ndarray:
         """Images (B, X, Y, Z) in 0..1 units of the training cohort, not clipped, float32, RAS+.
 
@@ -110,7 +110,7 @@ class LatentDiffusion:
         noise: Sequence[RowNoise],
         sampler: Sampler,
         steps: int | None = None,
-        progress: Progress = Quiet(),  # stateless
+        progress: Progress = Quiet(),
     ) -> torch.Tensor:
         """Latents (B, C, x, y, z) in the autoencoder's units, float32, as the U-Net leaves them."""
         if self.reload_unet is not None and is_forgotten(self.unet):
@@ -155,7 +155,7 @@ class LatentDiffusion:
     def decode(
         self,
         latent_BCXYZ: torch.Tensor,
-        progress: Progress = Quiet(),  # stateless
+        progress: Progress = Quiet(),
     ) -> np.ndarray:
         """Images (B, X, Y, Z), float32, RAS+, of latents as `sample_latents` gives them, one by one to bound memory."""
         images_XYZ = []
