@@ -27,6 +27,7 @@ from brainldm.evaluate.measuring import inert
 
 MAX_HALF = 500  # people of a side in one distance, whose work grows with the cube; as WASABI
 MIN_REGIONS = 2
+_LEAST_SPREAD = 1e-9  # of the volume: less is rounding, and nobody's difference
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _together(made: np.ndarray, people: np.ndarray, seed: int) -> Halves:
     if len(people) < 2:
         return Halves.none("a spread needs at least 2 real people, there is 1", 1)
     spread = people.std(axis=0, ddof=1)
-    varied = spread > 0
+    varied = spread > _LEAST_SPREAD * np.abs(people).max(axis=0)
     if not varied.any():
         return Halves.none("the real people's volumes are all the same", len(people))
     centre = people.mean(axis=0)
