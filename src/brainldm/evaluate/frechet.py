@@ -13,9 +13,8 @@ from scipy import linalg, stats
 
 from brainldm.base.streams import stream
 from brainldm.evaluate.estimate import CONFIDENCE, Estimate
-from brainldm.evaluate.halves import DRAWS, Halves, in_halves, over_halves, two_halves
+from brainldm.evaluate.halves import DRAWS, FEWEST, Halves, in_halves, over_halves, two_halves
 
-MIN_IMAGES = 4  # of a set: the covariance of fewer is no figure of a population
 MAX_HALF = 1000  # images of a half: what the field uses
 MAX_KERNEL = 2000  # images of a side in the kernel distance, whose work grows with the square
 
@@ -91,8 +90,8 @@ def kernel_distance(first_NF: np.ndarray, second_MF: np.ndarray) -> Estimate:
 def set_distance(synthetic_MF: np.ndarray, real_NF: np.ndarray, seed: int) -> SetDistance:
     """All distances of the synthetic to the real features; nulls with reasons where there are too few."""
     m, n = len(synthetic_MF), len(real_NF)
-    if min(m, n) < MIN_IMAGES:
-        reason = f"a distance between sets needs at least {MIN_IMAGES} images on each side, one has {min(m, n)}"
+    if min(m, n) < FEWEST:
+        reason = f"a distance between sets needs at least {FEWEST} images on each side, one has {min(m, n)}"
         none = Estimate.none(reason, min(m, n))
         return SetDistance(none, Halves.none(reason, min(m, n)), none, none)
     generator = stream(seed, "evaluate/frechet")

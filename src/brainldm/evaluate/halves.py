@@ -17,7 +17,7 @@ import numpy as np
 from brainldm.evaluate.estimate import CONFIDENCE, Estimate
 
 DRAWS = 50
-FEWEST = 4  # images of a half: the covariance of fewer is no figure of a population
+FEWEST = 4  # images of a set: the covariance of fewer is no figure of a population
 
 Distance = Callable[[np.ndarray, np.ndarray], float]
 

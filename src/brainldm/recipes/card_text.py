@@ -12,19 +12,19 @@ from jinja2 import Environment, StrictUndefined
 from brainldm.base.covariates import VOLUMES
 from brainldm.cohort.phantom_bids import MNI_NOTICE
 from brainldm.model.response import own_slopes
+from brainldm.recipes.card_figures import BOUNDS, Bounds, lies_within
 
-_Bounds = tuple[float | None, float | None]
-# Key of results.json, what it is, decimals, between what it should lie (None: results.json says whether it is met).
-_LINES: tuple[tuple[str, str, int, _Bounds | None], ...] = (
-    ("ventricles", "Ventricles, asked and measured: r", 3, (0.98, None)),
-    ("ventricles.slope", "Ventricles: slope", 3, (0.95, 1.05)),
-    ("brain", "Brain volume, asked and measured: r", 3, (0.95, None)),
-    ("age", "Age, asked and predicted: r", 3, (0.80, None)),
-    ("sex", "Sex, asked and classified: area under the curve", 3, None),
-    ("ms_ssim", "MS-SSIM between pairs: distance from held-out phantoms' own", 4, (None, 0.01)),
-    ("reconstruction", "Reconstruction of held-out phantoms: PSNR, dB", 1, (32, None)),
-    ("reconstruction.ssim", "Reconstruction of held-out phantoms: SSIM", 3, (0.95, None)),
-    ("extrapolation", "Figure 4: share of noises with monotone ventricles", 2, None),
+# Key of results.json, what it is, decimals.
+_LINES = (
+    ("ventricles", "Ventricles, asked and measured: r", 3),
+    ("ventricles.slope", "Ventricles: slope", 3),
+    ("brain", "Brain volume, asked and measured: r", 3),
+    ("age", "Age, asked and predicted: r", 3),
+    ("sex", "Sex, asked and classified: area under the curve", 3),
+    ("ms_ssim", "MS-SSIM between pairs: distance from held-out phantoms' own", 4),
+    ("reconstruction", "Reconstruction of held-out phantoms: PSNR, dB", 1),
+    ("reconstruction.ssim", "Reconstruction of held-out phantoms: SSIM", 3),
+    ("extrapolation", "Figure 4: share of noises with monotone ventricles", 2),
 )
 
 _MISSED = "**missed**"
@@ -154,15 +154,15 @@ def card_text(results: Mapping[str, Any]) -> str:
     )
 
 
-def _line(results: Mapping[str, Any], key: str, what: str, decimals: int, bounds: _Bounds | None) -> dict[str, str]:
+def _line(results: Mapping[str, Any], key: str, what: str, decimals: int) -> dict[str, str]:
     name, _, part = key.partition(".")
     whole = results[name]
-    entry = whole[part] if part else whole
+    entry, bounds = whole[part] if part else whole, BOUNDS.get(key)
     return {
         "what": what,
         "found": _value(entry, decimals),
         "target": whole["target"] if bounds is None else _told(*bounds),
-        "met": ("met" if whole["met"] else _MISSED) if bounds is None else _verdict(entry, *bounds),
+        "met": ("met" if whole["met"] else _MISSED) if bounds is None else _verdict(entry, bounds),
         "alone": _value(entry["alone"], decimals) if "alone" in entry else "",
         "paper": "" if part else _paper(whole.get("paper")),
     }
@@ -174,15 +174,11 @@ def _told(least: float | None, most: float | None) -> str:
     return f"at least {least:g}" if least is not None else f"at most {most:g}"
 
 
-def _verdict(entry: Mapping[str, Any], least: float | None, most: float | None) -> str:
+def _verdict(entry: Mapping[str, Any], bounds: Bounds) -> str:
     """Whether a figure lies between the bounds, and whether its interval does."""
-
-    def inside(value: float) -> bool:
-        return (least is None or value >= least) and (most is None or value <= most)
-
-    if entry["value"] is None or not inside(entry["value"]):
+    if entry["value"] is None or not lies_within(entry["value"], bounds):
         return _MISSED
-    return "met" if all(inside(end) for end in entry["interval_95"] or ()) else "uncertain"
+    return "met" if all(lies_within(end, bounds) for end in entry["interval_95"] or ()) else "uncertain"
 
 
 def _remarks(results: Mapping[str, Any]) -> list[str]:

@@ -113,7 +113,7 @@ def make_table1(
         for name in ("ldm", "lsgan", "vaegan", "age", "sex")
     }
     timings, cards = {}, {}
-    unseen = sum(len(PreparedCohort.open(cohort).rows(split)) for split in HELD_OUT)
+    unseen = sum(row.split in HELD_OUT for row in PreparedCohort.open(cohort).people)
     for way in ways:
         say(f"{way.title}: {n} brains")
         timings[way.name] = _generate(way, trained, out / "brains" / way.name, n, seed, progress, say)

@@ -25,7 +25,7 @@ from brainldm.nets.atlas import AtlasAutoencoder, build_autoencoder
 from brainldm.nets.autoencoder import LatentDistribution, ResidualBlock
 from brainldm.nets.discriminator import discriminator_loss, generator_loss, patch_discriminator
 from brainldm.train.augment import changed, draw_change
-from brainldm.train.batches import BatchOrder
+from brainldm.train.batches import BatchOrder, normal_each
 from brainldm.train.checkpoint import module_tensors, optimiser_tensors, restore_module, restore_optimiser
 from brainldm.train.config import AutoencoderStageConfig
 from brainldm.train.distributed import ALONE, Place, normalised_together
@@ -156,8 +156,7 @@ class AutoencoderStage:
     def _noise(self, step: int, shape_CXYZ: Sequence[int]) -> torch.Tensor:
         """For this process's share of the batch."""
         draws = (stream(self.seed, "autoencoder-noise", number) for number in self.order.numbers(step)[self.share])
-        noise_BCXYZ = np.stack([draw.standard_normal(shape_CXYZ, np.float32) for draw in draws])
-        return torch.from_numpy(noise_BCXYZ).to(self.device)
+        return normal_each(draws, shape_CXYZ).to(self.device)
 
     def _train_discriminator(self, image: torch.Tensor, reconstruction: torch.Tensor) -> dict[str, torch.Tensor]:
         assert self.discriminator is not None

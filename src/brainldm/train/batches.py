@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
+import torch
 
 from brainldm.cohort.dataset import data_order
 
@@ -31,6 +34,11 @@ class BatchOrder:
         """The places of the step's members among all images that a run is shown. What is drawn for one of them is drawn
         from a stream of that number, so that a process can draw for its share of a batch alone."""
         return range(step * self._batch, (step + 1) * self._batch)
+
+
+def normal_each(draws: Iterable[np.random.Generator], shape_CXYZ: Sequence[int]) -> torch.Tensor:
+    """Standard normal numbers (B, C, X, Y, Z), each image's of draws of its own."""
+    return torch.from_numpy(np.stack([draw.standard_normal(shape_CXYZ, np.float32) for draw in draws]))
 
 
 def evenly_spread(count: int, most: int) -> list[int]:

@@ -8,7 +8,6 @@ z is the latent x scale (the paper), or what the population's mean leaves of it 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from brainldm.model.precision import autocast
 from brainldm.nets.blocks import SpatialTransformer
 from brainldm.nets.unet import DiffusionUNet, ResidualBlock, UNetConfig, with_covariates
 from brainldm.train.averages import MovingAverage
-from brainldm.train.batches import BatchOrder
+from brainldm.train.batches import BatchOrder, normal_each
 from brainldm.train.checkpoint import module_tensors, optimiser_tensors, restore_module, restore_optimiser
 from brainldm.train.config import DiffusionStageConfig
 from brainldm.train.distributed import ALONE, Place
@@ -78,11 +77,6 @@ class _Batch:
     target_BCXYZ: torch.Tensor
     timesteps_B: torch.Tensor
     condition_BF: torch.Tensor
-
-
-def _normal(draws: Sequence[np.random.Generator], shape_CXYZ: Sequence[int]) -> torch.Tensor:
-    """Standard normal numbers (B, C, X, Y, Z), each image's of its own draws."""
-    return torch.from_numpy(np.stack([draw.standard_normal(shape_CXYZ, np.float32) for draw in draws]))
 
 
 class DiffusionStage:
@@ -156,13 +150,13 @@ class DiffusionStage:
         """That share of the step's batch. A function of the step: it is made ahead."""
         config, members, shape = self.config, self.order.members(step)[share], self.latents.shape_CXYZ
         draws = [stream(self.seed, "diffusion-step", number) for number in self.order.numbers(step)[share]]
-        latent_BCXYZ = self.latents.sample(members, _normal(draws, shape))
+        latent_BCXYZ = self.latents.sample(members, normal_each(draws, shape))
         condition_BF = self.condition_NF[members]
         if self.population is None:
             z_BCXYZ = self.scale * latent_BCXYZ
         else:
             z_BCXYZ = self.population.standardised(latent_BCXYZ, condition_BF)
-        noise_BCXYZ = _normal(draws, shape)
+        noise_BCXYZ = normal_each(draws, shape)
         timesteps_B = torch.from_numpy(np.concatenate([draw_timesteps(draw, config, 1) for draw in draws]))
         # Whether somebody's covariates are kept back: the image is still theirs.
         untold_B1 = torch.tensor([[draw.random() < config.condition_dropout] for draw in draws])
