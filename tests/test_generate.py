@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -26,6 +27,7 @@ from brainldm.generate import run as generation
 from brainldm.generate.dataset import image_name
 from brainldm.generate.plan import PlanRow, Sweep, make_plan, read_plan, write_plan
 from brainldm.generate.run import GenerateSettings, check_settings, generate, row_noise
+from brainldm.generate.writing import Brain, writing_brains
 from brainldm.model.folder import load_model, read_description
 from brainldm.model.latent_diffusion import LatentDiffusion
 
@@ -239,6 +241,33 @@ def test_killed_and_run_again_gives_the_same_files(
     assert hashes(out) == hashes(tmp_path / "whole")
     assert sorted(Manifest(out / "manifest.jsonl").proven(out, full=True)) == [0, 1, 2, 3, 4]
     assert not list(out.rglob(".part-*"))
+
+
+@pytest.mark.parametrize("meanwhile", [True, False])
+def test_brains_handed_over_are_written_in_order_whatever_ends_the_sampling(
+    model: LatentDiffusion, tmp_path: Path, meanwhile: bool
+) -> None:
+    rows, manifest = plan_of(model, 5), Manifest(tmp_path / "manifest.jsonl")
+    rising_XYZ = np.linspace(0, 0.2, math.prod(model.grid.shape_XYZ), dtype=np.float32).reshape(model.grid.shape_XYZ)
+    images = [rising_XYZ * (row.index + 1) for row in rows]
+    broken = {3: np.full(model.grid.shape_XYZ, np.nan, np.float32)}
+
+    def sample_and_write(wrong: dict[int, np.ndarray]) -> None:
+        with writing_brains(tmp_path, model.grid, "float32", manifest, meanwhile=meanwhile) as write:
+            for batch in (rows[:2], rows[2:]):
+                write([Brain(row, wrong.get(row.index, images[row.index]), attempt=0) for row in batch])
+            raise UsageError("asked to end")
+
+    with pytest.raises(ValueError, match="not finite"):  # of the writing: whoever waits for it hears of it
+        sample_and_write(broken)
+    assert [record["index"] for record in manifest.records()] == [0, 1, 2, 4]
+    manifest.path.unlink()
+    with pytest.raises(UsageError, match="asked to end"):
+        sample_and_write({})
+    assert sorted(manifest.proven(tmp_path, full=True)) == [0, 1, 2, 3, 4]
+    assert [record["index"] for record in manifest.records()] == [0, 1, 2, 3, 4]
+    for row, image_XYZ in zip(rows, images):
+        np.testing.assert_allclose(read_nifti(tmp_path / image_name(row)).data_XYZ, image_XYZ)
 
 
 def test_another_dataset_in_the_folder_is_refused(model: LatentDiffusion, tmp_path: Path) -> None:

@@ -27,8 +27,9 @@ from brainldm.base.volume import Grid
 from brainldm.cohort.normalise import drawn_into_unit_range
 from brainldm.cohort.quality import UsualImages, figures_of
 from brainldm.diffusion.solvers import DEFAULT_SAMPLER, SAMPLERS, sampler_named
-from brainldm.generate.dataset import as_bundle, bundle_grid, image_name, write_description, write_image
+from brainldm.generate.dataset import as_bundle, bundle_grid, image_name, write_description
 from brainldm.generate.plan import PlanRow, read_plan, write_plan
+from brainldm.generate.writing import Brain, writing_brains
 from brainldm.model.description import GanDescription, LatentDiffusionDescription
 from brainldm.model.gan import GanModel
 from brainldm.model.latent_diffusion import LatentDiffusion, RowNoise
@@ -86,27 +87,20 @@ def generate(
         each, decodes = _passes(model.description, settings), model.description.decodes
         progress.start("generating brains (sampling steps)", sum(each + decodes * len(batch) for batch in batches))
         redrawn, failed, grid = 0, dict[int, str](), _written_grid(model.grid, settings)
-        for batch in batches:
-            images_BXYZ, attempts, objections = _sample_until_sound(model, batch, settings, population, progress)
-            for row, image_XYZ, attempt, objection in zip(batch, images_BXYZ, attempts, objections):
-                if row.index in proven:
-                    continue
-                if image_XYZ is None:
-                    failed[row.index] = objection
-                    continue
-                redrawn += attempt
-                if settings.as_bundle:
-                    image_XYZ = as_bundle(image_XYZ)
-                written = write_image(out, row, image_XYZ, grid, settings.dtype)
-                manifest.append(
-                    index=row.index,
-                    participant_id=row.participant_id,
-                    file=image_name(row),
-                    bytes=written.bytes,
-                    sha256=written.sha256,
-                    attempt=attempt,
-                )
-            progress.advance(0, note=f"{batch[-1].index + 1} of {len(rows)} brains")
+        with writing_brains(out, grid, settings.dtype, manifest, meanwhile=model.device.type != "cpu") as write:
+            for batch in batches:
+                images_BXYZ, attempts, objections = _sample_until_sound(model, batch, settings, population, progress)
+                sound = []
+                for row, image_XYZ, attempt, objection in zip(batch, images_BXYZ, attempts, objections):
+                    if row.index in proven:
+                        continue
+                    if image_XYZ is None:
+                        failed[row.index] = objection
+                        continue
+                    redrawn += attempt
+                    sound.append(Brain(row, as_bundle(image_XYZ) if settings.as_bundle else image_XYZ, attempt))
+                write(sound)
+                progress.advance(0, note=f"{batch[-1].index + 1} of {len(rows)} brains")
         if failed:
             write_description(out, facts, [row for row in rows if row.index not in failed])
         _report_failures(out, rows, failed)
