@@ -78,6 +78,17 @@ def test_any_folder_is_matched_to_its_table_by_rule(tmp_path: Path) -> None:
     assert any("not named _T1w" in warning for warning in found.warnings)
 
 
+def test_of_several_rows_that_differ_none_is_taken(tmp_path: Path) -> None:
+    for name in ("sub-1_T1w.nii.gz", "sub-2_T1w.nii.gz"):
+        write_nifti(tmp_path / name, blob(2e4, 1), TINY.affine)
+    rows = "sub-1\tF\t61\nsub-2\tM\t70\n1\tF\t64\nsub-2\tM\t70\n"  # sub-1 came twice, sub-2 is only said twice
+    write_text(tmp_path / "participants.tsv", "participant_id\tsex\tage\n" + rows)
+    found = open_images(tmp_path, "synthetic")
+    assert found.images[0].covariates == {} and found.images[0].sex is None
+    assert found.images[1].covariates == {"age_years": 70} and found.images[1].sex == "M"
+    assert any("several rows that differ" in warning for warning in found.warnings)
+
+
 def test_a_flat_folder_without_a_table_is_judged_by_names(tmp_path: Path) -> None:
     for name in ("b.nii.gz", "a name with spaces.nii", "c.NII.GZ"):
         (tmp_path / name).write_bytes(b"")

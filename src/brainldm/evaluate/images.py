@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from brainldm.base.counts import counted
 from brainldm.base.covariates import COVARIATES, SEX_LETTERS, sex_code
 from brainldm.base.errors import BadInput, BrainldmError
 from brainldm.base.files import PART_PREFIX, read_json
@@ -214,7 +215,12 @@ def _any_folder(folder: Path) -> ImageFolder:
     if (folder / "participants.tsv").exists():
         people = read_table(folder / "participants.tsv")
         people.require("participant_id")
-        row_of = {bare(cells["participant_id"]): row for row, cells in enumerate(people.rows)}
+        row_of, unclear = _row_of_each(people)
+        if unclear:
+            warnings.append(
+                f"{counted(len(unclear), 'person has', 'people have')} several rows that differ in participants.tsv "
+                f"({', '.join(unclear[:3])}): none is used. Keep one row a person, that of the scan which is judged."
+            )
     images = []
     images_of = Counter(map(subject_of, chosen))
     for file in chosen:
@@ -243,6 +249,20 @@ def _any_folder(folder: Path) -> ImageFolder:
         tuple(warnings),
         _json_at_root(folder, "dataset_description.json"),
     )
+
+
+def _row_of_each(people: Table) -> tuple[dict[str, int], list[str]]:
+    """The row of each person in a table, and who has several that differ, so that none can be theirs."""
+    row_of: dict[str, int] = {}
+    unclear: list[str] = []
+    for row, cells in enumerate(people.rows):
+        first = row_of.setdefault(bare(cells["participant_id"]), row)
+        same = {**cells, "participant_id": ""} == {**people.rows[first], "participant_id": ""}
+        if not same and cells["participant_id"] not in unclear:
+            unclear.append(cells["participant_id"])
+    for participant_id in unclear:
+        row_of.pop(bare(participant_id), None)
+    return row_of, unclear
 
 
 def _image_files(folder: Path) -> list[str]:
