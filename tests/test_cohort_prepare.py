@@ -31,7 +31,7 @@ from brainldm.base.tables import read_table
 from brainldm.base.volume import GRIDS
 from brainldm.cohort import prepare_scan as one_scan
 from brainldm.cohort import unires
-from brainldm.cohort.dataset import PreparedCohort, VolumeDataset
+from brainldm.cohort.dataset import PreparedCohort, VolumeDataset, warn_of_flagged
 from brainldm.cohort.overlay import write_overlay
 from brainldm.cohort.prepare import PrepareConfig, prepare_study
 from brainldm.cohort.register import Registration
@@ -457,6 +457,32 @@ def test_somebody_taken_out_of_the_study_is_taken_out_of_the_tables(tmp_path: Pa
     assert len(PreparedCohort.open(out).rows()) == 3
 
 
+def test_people_to_leave_out_are_neither_in_the_tables_nor_failures(tmp_path: Path, in_place: list[str]) -> None:
+    study, out = write_study(tmp_path / "balls", 6), tmp_path / "out"
+    (study / "sub-05/anat/sub-05_T1w.nii.gz").write_bytes(b"no image")
+    with pytest.raises(PartialFailure):
+        prepare_study(study, out, CONFIG)
+    splits = {i: row["split"] for i, row in table(out).items()}
+    without = prepare_study(study, out, CONFIG, leave_out=["sub-02", "05"])
+    assert without.left_out == ("sub-02", "sub-05") and "2 people were left out" in str(without)
+    assert {i: row["split"] for i, row in table(out).items()} == {i: s for i, s in splits.items() if i != "sub-02"}
+    assert not (out / "failures.tsv").exists() and read_json(out / "prepared.json")["left_out"] == ["sub-02", "sub-05"]
+    assert [row.participant_id for row in PreparedCohort.open(out).rows()] == ["sub-00", "sub-01", "sub-03", "sub-04"]
+    assert (out / "sub-02").is_dir()
+    with pytest.raises(PartialFailure):  # and back again, without preparing anything anew
+        prepare_study(study, out, CONFIG)
+    assert {i: row["split"] for i, row in table(out).items()} == splits
+
+
+@pytest.mark.parametrize(
+    ("leave_out", "words"), [(["sub-77"], "called 'sub-77'"), (["sub-00", "01"], "everybody in this study")]
+)
+def test_nobody_unknown_and_not_everybody_is_left_out(leave_out: list[str], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=words):
+        prepare_study(write_study(tmp_path / "balls", 2), tmp_path / "out", CONFIG, leave_out=leave_out)
+    assert not (tmp_path / "out").exists()
+
+
 # ------------------------------------------------------------------------------------------------- before the start
 
 
@@ -764,7 +790,9 @@ def test_a_poor_registration_is_flagged(tmp_path: Path, in_place: list[str], mon
     assert table(tmp_path / "out", "quality.tsv")["sub-00"]["flags"] == "poor_registration, brain_outside_box"
 
 
-def test_a_cut_field_of_view_is_flagged(tmp_path: Path, in_place: list[str]) -> None:
+def test_a_cut_field_of_view_is_flagged_and_training_on_it_is_said(
+    tmp_path: Path, in_place: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Fault 22"""
     study, out = write_study(tmp_path / "balls", 2), tmp_path / "out"
     affine = GRID.affine.copy()
@@ -773,6 +801,9 @@ def test_a_cut_field_of_view_is_flagged(tmp_path: Path, in_place: list[str]) -> 
     assert prepare_study(study, out, CONFIG).flagged == 1
     quality = table(out, "quality.tsv")
     assert quality["sub-00"]["flags"] == "field_of_view_cut" and quality["sub-01"]["flags"] == "n/a"
+    warn_of_flagged(VolumeDataset(PreparedCohort.open(out)))
+    said = capsys.readouterr().err
+    assert "1 of 2 images to train on" in said and "sub-00: field_of_view_cut" in said and "--leave-out" in said
     assert float(quality["sub-00"]["unseen_brain_fraction"]) > 0.1
 
 

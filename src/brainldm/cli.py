@@ -149,6 +149,10 @@ def prepare(
         Parameter(help="Brightness that becomes 1, say, 99.9, so that a hot vessel darkens nothing; else the maximum."),
     ] = None,
     strict: Annotated[bool, Parameter(help="Refuse a study that holds one scan twice.", negative="")] = False,
+    leave_out: Annotated[
+        list[str] | None,
+        Parameter(help="People who shall not be in the cohort; several after one another.", consume_multiple=True),
+    ] = None,
     holdout: Annotated[float, Parameter(help="Share of people kept out of training.")] = 0.2,
     seed: Annotated[int, Parameter(help="Seed of the split.")] = 0,
     workers: Workers = 1,
@@ -172,7 +176,7 @@ def prepare(
         seed=seed,
     )
     with _progress() as progress:
-        summary = prepare_study(bids, out, config, workers=workers, progress=progress)
+        summary = prepare_study(bids, out, config, leave_out=leave_out or (), workers=workers, progress=progress)
     _say(str(summary))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,6 +40,7 @@ class PreparedRow:
     path: Path
     bytes: int
     sha256: str
+    flags: tuple[str, ...] = ()  # what preparing found to be looked at
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ def _row(table: Table, row: int, path: Path, record: Mapping[str, Any]) -> Prepa
     if split is None:
         raise table.fault(row, "split", f"is none of {', '.join(SPLITS)}.")
     covariates = Covariates(sex, **{name: float(value or 0) for name, value in numbers.items()})
-    return PreparedRow(cells["participant_id"], covariates, split, path, int(record["bytes"]), str(record["sha256"]))
+    sha256, flags = str(record["sha256"]), tuple(map(str, record.get("flags", ())))
+    return PreparedRow(cells["participant_id"], covariates, split, path, int(record["bytes"]), sha256, flags)
 
 
 class VolumeDataset:
@@ -223,6 +226,19 @@ class VolumeDataset:
 def data_order(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order in which `epoch` goes through n images: a permutation that those three numbers fix."""
     return stream(seed, "data order", epoch).permutation(n)
+
+
+def warn_of_flagged(dataset: VolumeDataset) -> None:
+    """Says on stderr whom of these people preparing has flagged: nobody is left out of a training in silence, nor is a
+    failed scan trained on in silence."""
+    flagged = [f"{row.participant_id}: {', '.join(row.flags)}" for row in dataset.rows if row.flags]
+    if flagged:
+        more = f"; {len(flagged) - 3} more" if len(flagged) > 3 else ""
+        print(  # noqa: T201
+            f"warning: {len(flagged)} of {len(dataset)} images to train on should be looked at "
+            f"({'; '.join(flagged[:3])}{more}; quality.tsv of the cohort). To do without them: prepare ... --leave-out ID.",
+            file=sys.stderr,
+        )
 
 
 def check_trainable(dataset: VolumeDataset, batch: int) -> None:

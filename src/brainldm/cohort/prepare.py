@@ -12,7 +12,7 @@ import importlib.metadata
 import importlib.util
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,14 +52,20 @@ class PrepareSummary:
     flagged: int
     newly_prepared: int
     seconds: float
+    left_out: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         splits = ", ".join(f"{split} {n}" for split, n in self.splits.items())
         new = "" if self.newly_prepared == self.people else f"; {self.newly_prepared} of them now"
         people = counted(self.people, "person is", "people are")
         lines = [f"{people} prepared in {self.out} ({splits}{new}), in {self.seconds:.0f} s."]
+        if self.left_out:
+            lines.append(f"{counted(len(self.left_out), 'person was', 'people were')} left out, as asked.")
         if self.flagged:
-            lines.append(f"{self.flagged} of them should be looked at: see flags in {self.out / 'quality.tsv'}.")
+            lines.append(
+                f"{self.flagged} of them should be looked at: see flags in {self.out / 'quality.tsv'}, and leave out "
+                "with --leave-out whom you would not train on."
+            )
         if self.failures:
             lines.append(f"{len(self.failures)} could not be used: see {self.out / 'failures.tsv'}.")
         return "\n".join(lines)
@@ -70,10 +76,14 @@ def prepare_study(
     out: Path,
     config: PrepareConfig,
     *,
+    leave_out: Collection[str] = (),
     workers: int = 1,
     progress: Progress = Quiet(),
 ) -> PrepareSummary:
     """Prepares the study in `bids` into `out`, or finishes, extends or refreshes what an earlier call made there.
+
+    Whoever is in `leave_out` is not in the cohort, for this call: what was prepared of them stays on disk, nobody else
+    changes sides, and without it they are back. UsageError for somebody the study does not have.
 
     PartialFailure when some people could not be used (the rest is done), BadInput when nobody could, UsageError when
     `out` holds anything else.
@@ -85,13 +95,15 @@ def prepare_study(
     _check_tools(config)
     check_output_apart(out, bids)
     study = read_study(bids, masks=config.masks, need_masks=config.uses_masks)
+    left_out = _left_out(study, leave_out)
     volumes, failures = _known_volumes(study, config)
     failures += study.failures + [f for f in map(_unusable_id, study.scans) if f]
+    failures = [f for f in failures if f.participant_id not in left_out]
     failed_files = {f.file for f in failures}
-    scans = [s for s in study.scans if s.file not in failed_files]
+    scans = [s for s in study.scans if s.file not in failed_files and s.participant_id not in left_out]
     with locked_folder(out):
         earlier = _earlier_facts(out, study, config)
-        facts = _facts(study, config, earlier)
+        facts = _facts(study, config, earlier) | {"left_out": left_out}
         write_json(out / "prepared.json", facts | {"finished": False})
         manifest = Manifest(out / "manifest.jsonl")
         tasks, done = _what_is_missing(out, manifest, scans, config)
@@ -142,6 +154,23 @@ def _unusable_id(scan: Scan) -> Failure | None:
         return None
     message = f"the id {name!r} cannot name files and rows of tables (control characters, or too long)."
     return Failure(" ".join(name.split())[:60], scan.file, "bad_id", message, "Rename the folder and its scan.")
+
+
+def _left_out(study: Study, asked: Collection[str]) -> list[str]:
+    """The ids of those to leave out, as the study writes them; asked for with or without `sub-`."""
+    usable = {s.participant_id.removeprefix("sub-"): s.participant_id for s in study.scans}
+    there = {f.participant_id.removeprefix("sub-"): f.participant_id for f in study.failures} | usable
+    unknown = [i for i in asked if i.removeprefix("sub-") not in there]
+    if unknown:
+        raise UsageError(
+            f"nobody in this study is called {unknown[0]!r}.",
+            remedy=f"Ids look like {min(there.values(), default='sub-01')}; the study's participants.tsv has them all.",
+            path=study.root,
+        )
+    left_out = sorted({there[i.removeprefix("sub-")] for i in asked})
+    if usable and set(usable.values()) <= set(left_out):
+        raise UsageError("everybody in this study was to be left out.", remedy="Leave out fewer.", path=study.root)
+    return left_out
 
 
 def _known_volumes(study: Study, config: PrepareConfig) -> tuple[dict[str, dict[str, float]], list[Failure]]:
@@ -417,4 +446,5 @@ def _finish(
     }
     write_json(out / "prepared.json", facts)
     flagged = sum(bool(p.flags) for p in people)
-    return PrepareSummary(out, len(people), counts, tuple(failures), flagged, newly_prepared, time.monotonic() - begun)
+    seconds, left_out = time.monotonic() - begun, tuple(facts["left_out"])
+    return PrepareSummary(out, len(people), counts, tuple(failures), flagged, newly_prepared, seconds, left_out)

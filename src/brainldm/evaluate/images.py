@@ -211,7 +211,8 @@ def _any_folder(folder: Path) -> ImageFolder:
     warnings = []
     if t1w and len(t1w) < len(files):
         warnings.append(f"{len(files) - len(t1w)} NIfTI files that are not named _T1w are not judged.")
-    people, row_of = None, {}
+    people: Table | None = None
+    row_of: dict[str, int] = {}
     if (folder / "participants.tsv").exists():
         people = read_table(folder / "participants.tsv")
         people.require("participant_id")

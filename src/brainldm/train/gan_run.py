@@ -19,7 +19,7 @@ from brainldm.base.errors import UsageError
 from brainldm.base.files import locked_folder
 from brainldm.base.joint import CovariateModel
 from brainldm.base.progress import Progress, Quiet
-from brainldm.cohort.dataset import PreparedCohort, VolumeDataset, check_trainable
+from brainldm.cohort.dataset import PreparedCohort, VolumeDataset, check_trainable, warn_of_flagged
 from brainldm.model.description import (
     CovariatesDescription,
     GanDescription,
@@ -67,6 +67,7 @@ def train_gan(
     cohort = PreparedCohort.open(data)
     people = VolumeDataset(cohort, "train")
     check_trainable(people, config.batch)
+    warn_of_flagged(people)
     ranges = CovariateRanges.fitted(people.covariates)
     net = _net(config, cohort)
     where = choose_device(device)

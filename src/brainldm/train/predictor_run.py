@@ -20,7 +20,7 @@ from brainldm.base.errors import UsageError
 from brainldm.base.files import locked_folder
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import stream
-from brainldm.cohort.dataset import PreparedCohort, VolumeDataset, check_trainable
+from brainldm.cohort.dataset import PreparedCohort, VolumeDataset, check_trainable, warn_of_flagged
 from brainldm.cohort.predictor import Predictor, Target, write_predictor
 from brainldm.cohort.split import HELD_OUT
 from brainldm.model.precision import choose_device, choose_precision
@@ -58,6 +58,7 @@ def train_predictor(
     people, validation = VolumeDataset(cohort, "train"), VolumeDataset(cohort, "validation")
     config = replace(config, batch=min(config.batch, max(2, len(people) // 2)))
     check_trainable(people, config.batch)
+    warn_of_flagged(people)
     _check_varied(people, target)
     where = choose_device(device)
     try:

@@ -28,7 +28,7 @@ from brainldm.base.errors import EnvironmentProblem, UsageError
 from brainldm.base.files import locked_folder, read_json, write_json
 from brainldm.base.manifest import Manifest
 from brainldm.base.progress import Progress, Quiet
-from brainldm.cohort.dataset import PreparedCohort, VolumeDataset, check_trainable
+from brainldm.cohort.dataset import PreparedCohort, VolumeDataset, check_trainable, warn_of_flagged
 from brainldm.model.description import LatentDescription, LatentDiffusionDescription
 from brainldm.model.folder import save_model
 from brainldm.model.latent_diffusion import LatentDiffusion
@@ -221,6 +221,7 @@ class _Run:
         self.place.check_same(description, "recipes, cohorts or precisions")
         if self.place.leads:
             self._warn_of_learning_rates_that_rise(stages)
+            warn_of_flagged(self.train)
             record_run(self.out, description)
         self.place.wait()
 
