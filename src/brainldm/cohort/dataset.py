@@ -236,7 +236,7 @@ def warn_of_flagged(dataset: VolumeDataset) -> None:
         more = f"; {len(flagged) - 3} more" if len(flagged) > 3 else ""
         print(  # noqa: T201
             f"warning: {len(flagged)} of {len(dataset)} images to train on should be looked at "
-            f"({'; '.join(flagged[:3])}{more}; quality.tsv of the cohort). To do without them: prepare ... --leave-out ID.",
+            f"({'; '.join(flagged[:3])}{more}; see the cohort's quality.tsv). Without them: prepare ... --leave-out ID.",
             file=sys.stderr,
         )
 
