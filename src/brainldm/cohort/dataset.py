@@ -233,10 +233,10 @@ def warn_of_flagged(dataset: VolumeDataset) -> None:
     failed scan trained on in silence."""
     flagged = [f"{row.participant_id}: {', '.join(row.flags)}" for row in dataset.rows if row.flags]
     if flagged:
-        more = f"; {len(flagged) - 3} more" if len(flagged) > 3 else ""
+        told = "; ".join(flagged[:3]) + (f"; {len(flagged) - 3} more" if len(flagged) > 3 else "")
         print(  # noqa: T201
-            f"warning: {len(flagged)} of {len(dataset)} images to train on should be looked at "
-            f"({'; '.join(flagged[:3])}{more}; see the cohort's quality.tsv). Without them: prepare ... --leave-out ID.",
+            f"warning: {len(flagged)} of {len(dataset)} images to train on should be looked at ({told}; see quality.tsv of "
+            "the cohort). To do without them: prepare ... --leave-out ID.",
             file=sys.stderr,
         )
 
