@@ -235,8 +235,8 @@ def warn_of_flagged(dataset: VolumeDataset) -> None:
     if flagged:
         told = "; ".join(flagged[:3]) + (f"; {len(flagged) - 3} more" if len(flagged) > 3 else "")
         print(  # noqa: T201
-            f"warning: {len(flagged)} of {len(dataset)} images to train on should be looked at ({told}; see quality.tsv of "
-            "the cohort). To do without them: prepare ... --leave-out ID.",
+            f"warning: {len(flagged)} of {len(dataset)} images to train on should be looked at ({told}; see the "
+            "cohort's quality.tsv). To do without them: prepare ... --leave-out ID.",
             file=sys.stderr,
         )
 
