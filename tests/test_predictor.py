@@ -79,6 +79,14 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(tiny_cohort: Path, tmp
     assert again.weights_sha256 == age.weights_sha256
     with pytest.raises(UsageError, match="another run"):
         train_predictor("sex", tiny_cohort, tmp_path / "run", config=QUICK)
+    path = tmp_path / "run/run.json"
+    there = json.loads(path.read_text())
+    path.write_text(json.dumps(there | {"precision": "bf16"}))
+    with pytest.raises(UsageError, match="precision: 'bf16' there, 'fp32' now"):
+        train_predictor("age", tiny_cohort, tmp_path / "run", config=QUICK)
+    del there["precision"]  # as earlier versions wrote it
+    path.write_text(json.dumps(there))
+    assert train_predictor("age", tiny_cohort, tmp_path / "run", config=QUICK).weights_sha256 == age.weights_sha256
 
 
 def test_the_folder_says_how_well_it_does_and_is_proven(age: Predictor, tiny_cohort: Path, tmp_path: Path) -> None:

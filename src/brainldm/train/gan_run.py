@@ -73,7 +73,8 @@ def train_gan(
     where = choose_device(device)
     chosen = choose_precision(precision, where, trained_side=min(net.coarse_XYZ))
     with locked_folder(out):
-        record_run(out, {"baseline": config.kind, "config": asdict(config), "seed": seed, "cohort": cohort.digest})
+        run = {"baseline": config.kind, "config": asdict(config), "seed": seed, "cohort": cohort.digest}
+        record_run(out, run | {"precision": chosen})
         condition_NF = ranges.normalise(covariates_array(people.covariates))
         if cache is not None:
             people.keep_uncompressed(cache, progress)

@@ -61,6 +61,7 @@ def train_predictor(
     warn_of_flagged(people)
     _check_varied(people, target)
     where = choose_device(device)
+    chosen = choose_precision(precision, where, trained_side=1)
     try:
         ColeConfig.fitting(cohort.grid.shape_XYZ, config.averaging)
     except (ValueError, ZeroDivisionError) as error:
@@ -69,7 +70,8 @@ def train_predictor(
             remedy="Choose a smaller --averaging, 1 or more.",
         ) from error
     with locked_folder(out):
-        record_run(out, {"predictor": what, "config": asdict(config), "seed": seed, "cohort": cohort.digest})
+        run = {"predictor": what, "config": asdict(config), "seed": seed, "cohort": cohort.digest}
+        record_run(out, run | {"precision": chosen})
         stage = PredictorStage(
             target,
             config,
@@ -78,7 +80,7 @@ def train_predictor(
             shape_XYZ=cohort.grid.shape_XYZ,
             seed=seed,
             device=where,
-            precision=choose_precision(precision, where, trained_side=1),
+            precision=chosen,
         )
         summary = run_stage(stage, out / stage.name, minutes=minutes, progress=progress)
         predictor = Predictor(

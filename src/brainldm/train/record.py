@@ -19,6 +19,8 @@ _BEFORE_IT_WAS_RECORDED: dict[str, Any] = {
     "recipe.diffusion.volume_reader": False,
     "perceptual_weights_sha256": [],
 }
+# What no earlier version recorded of baselines and predictors, so that it cannot be known.
+_UNKNOWN_BEFORE = ("precision",)
 # More steps; what takes memory or time and leaves the result; and settings, whose outcome is compared itself.
 _MAY_CHANGE = ("steps", "checkpointing", "checkpoint_minutes", "minutes_share", "settings")
 
@@ -47,8 +49,9 @@ def _differences(recorded: Any, wanted: Any, where: str = "") -> list[str]:
     if isinstance(wanted, dict) and isinstance(recorded, dict):
         texts = []
         for key in wanted:
-            if key not in _MAY_CHANGE:
-                place = f"{where}.{key}".lstrip(".")
+            place = f"{where}.{key}".lstrip(".")
+            unknown = key not in recorded and place in _UNKNOWN_BEFORE
+            if key not in _MAY_CHANGE and not unknown:
                 before = recorded.get(key, _BEFORE_IT_WAS_RECORDED.get(place))
                 texts += _differences(before, wanted[key], place)
         return texts
