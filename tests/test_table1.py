@@ -49,6 +49,8 @@ def test_every_way_stands_in_the_table_beside_the_real(made: Path) -> None:
         assert line["seconds_an_image"] > 0
         card = json.loads((made / "judged" / line["way"] / "scorecard.json").read_text())
         assert line["figures"]["MS-SSIM"] == next(r for r in card["rows"] if r["key"] == "ms_ssim")["synthetic"]
+        recall = next(r for r in card["rows"] if r["key"] == "manifold.recall")
+        assert line["scorecard"]["manifold.recall"]["synthetic"]["value"] == recall["synthetic"]["value"]
     text = (made / "table1.md").read_text()
     assert text == as_markdown(table) and text.count("\n") == len(WAYS) + 3
 

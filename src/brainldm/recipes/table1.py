@@ -261,6 +261,16 @@ def _table(
             heading: rows[key][side] for pattern, heading, _ in _COLUMNS if (key := pattern.format(space=space)) in rows
         }
 
+    def all_found(card: Mapping[str, Any]) -> dict[str, Any]:
+        """Every figure of the scorecard, of the brains and of what they are compared with."""
+        sides = ("synthetic", "reference")
+        kept = ("value", "low", "high", "n")
+        return {
+            row["key"]: {side: {name: row[side][name] for name in kept} for side in sides if row[side] is not None}
+            for row in card["rows"]
+            if row["group"] == "all"
+        }
+
     training = {name: read_description(trained[name]).training for name in ("ldm", "lsgan", "vaegan")}
     lines: list[dict[str, Any]] = [
         {
@@ -269,6 +279,7 @@ def _table(
             "seconds_an_image": timings[way.name]["seconds_a_brain"],
             "device": timings[way.name]["machine"]["device"],
             "figures": found(cards[way.name], "synthetic"),
+            "scorecard": all_found(cards[way.name]),
         }
         for way in ways
     ]
@@ -282,7 +293,7 @@ def _table(
         "features": space,
         "minutes_of_training": {name: _minutes(facts) for name, facts in training.items()},
         "training_images": training["ldm"].get("training_images"),
-        "real": first["real"]["from_here"],
+        "real": first["real"]["folder"],
         "columns": [heading for _, heading, _ in _COLUMNS],
         "lines": lines,
     }
