@@ -270,10 +270,16 @@ def train(
             dry_run=dry_run,
         )
         return
+    from brainldm.base.errors import UsageError
     from brainldm.recipes import recipe_named
     from brainldm.train.settings import with_settings
 
     chosen = with_settings(recipe_named(recipe), changes)
+    if given and not chosen.autoencoder.perceptual_weight:
+        raise UsageError(
+            f"recipe {recipe} gives the perceptual distance no weight, so that it would change nothing.",
+            remedy="Add --set autoencoder.perceptual_weight=0.002, say, or leave it out.",
+        )
     if perceptual is not None:
         chosen = replace(chosen, autoencoder=replace(chosen.autoencoder, perceptual=perceptual))
     chosen = replace(chosen, settings=changes)

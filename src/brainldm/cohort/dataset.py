@@ -69,6 +69,7 @@ class PreparedCohort:
         table = read_table(folder / "participants.tsv")
         table.require("participant_id", *COVARIATES, "split")
         latest = {r.get("participant_id"): r for r in Manifest(folder / "manifest.jsonl").records() if "sha256" in r}
+        flags = _flags(folder / "quality.tsv")
         people = []
         for row, cells in enumerate(table.rows):
             record = latest.get(cells["participant_id"])
@@ -81,7 +82,7 @@ class PreparedCohort:
                     path=folder,
                     reason="missing",
                 )
-            people.append(_row(table, row, path, record))
+            people.append(_row(table, row, path, record, flags.get(cells["participant_id"], ())))
         return cls(
             folder,
             str(facts["name"]),
@@ -130,7 +131,17 @@ def read_prepared_json(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _row(table: Table, row: int, path: Path, record: Mapping[str, Any]) -> PreparedRow:
+def _flags(path: Path) -> dict[str, tuple[str, ...]]:
+    """What should be looked at, by person; a cohort without a table of quality has no flags."""
+    if not path.is_file():
+        return {}
+    table = read_table(path)
+    table.require("participant_id", "flags")
+    told = {cells["participant_id"]: cells["flags"] for cells in table.rows}
+    return {person: tuple(text.split(", ")) for person, text in told.items() if text not in ("", "n/a")}
+
+
+def _row(table: Table, row: int, path: Path, record: Mapping[str, Any], flags: tuple[str, ...]) -> PreparedRow:
     cells = table.rows[row]
     sex = sex_code(cells["sex"])
     if sex is None:
@@ -143,8 +154,9 @@ def _row(table: Table, row: int, path: Path, record: Mapping[str, Any]) -> Prepa
     if split is None:
         raise table.fault(row, "split", f"is none of {', '.join(SPLITS)}.")
     covariates = Covariates(sex, **{name: float(value or 0) for name, value in numbers.items()})
-    sha256, flags = str(record["sha256"]), tuple(map(str, record.get("flags", ())))
-    return PreparedRow(cells["participant_id"], covariates, split, path, int(record["bytes"]), sha256, flags)
+    return PreparedRow(
+        cells["participant_id"], covariates, split, path, int(record["bytes"]), str(record["sha256"]), flags
+    )
 
 
 class VolumeDataset:
