@@ -162,6 +162,7 @@ def test_the_cohort_is_valid_bids(tmp_path: Path, in_place: list[str]) -> None:
     (study / "sub-03/anat/sub-03_T1w.nii.gz").write_bytes(b"")
     with pytest.raises(PartialFailure):
         prepare_study(study, out, CONFIG)
+    prepare_study(study, out, CONFIG, leave_out=["sub-03", "sub-04"])
     done = subprocess.run([validator, out, "--max-rows", "-1", "--format", "json"], capture_output=True, check=False)
     import json
 
@@ -468,10 +469,59 @@ def test_people_to_leave_out_are_neither_in_the_tables_nor_failures(tmp_path: Pa
     assert {i: row["split"] for i, row in table(out).items()} == {i: s for i, s in splits.items() if i != "sub-02"}
     assert not (out / "failures.tsv").exists() and read_json(out / "prepared.json")["left_out"] == ["sub-02", "sub-05"]
     assert [row.participant_id for row in PreparedCohort.open(out).rows()] == ["sub-00", "sub-01", "sub-03", "sub-04"]
-    assert (out / "sub-02").is_dir()
+    assert not (out / "sub-02").exists() and (out / ".left-out/sub-02").is_dir()
     with pytest.raises(PartialFailure):  # and back again, without preparing anything anew
         prepare_study(study, out, CONFIG)
     assert {i: row["split"] for i, row in table(out).items()} == splits
+    assert len(in_place) == 5 and not (out / ".left-out").exists()
+
+
+def test_left_out_is_whom_the_folder_names_however_its_accents_are_written(tmp_path: Path, in_place: list[str]) -> None:
+    study = write_study(tmp_path / "balls", 2)
+    for path in sorted(study.glob("sub-01/**/*"), reverse=True):
+        path.rename(path.with_name(path.name.replace("sub-01", "sub-e\u0301")))
+    (study / "sub-01").rename(study / "sub-e\u0301")
+    text = (study / "participants.tsv").read_text()
+    (study / "participants.tsv").write_text(text.replace("sub-01", "sub-\u00e9"))
+    assert prepare_study(study, tmp_path / "out", CONFIG, leave_out=["sub-e\u0301"]).left_out == ("sub-\u00e9",)
+
+
+def test_what_was_prepared_of_scans_that_are_away_is_kept(tmp_path: Path, in_place: list[str]) -> None:
+    """A drive that is not mounted, annexed files that were dropped."""
+    study, out = write_study(tmp_path / "balls", 4), tmp_path / "out"
+    prepare_study(study, out, CONFIG)
+    before = table(out)
+    for index in (1, 2):
+        scan = study / f"sub-{index:02d}/anat/sub-{index:02d}_T1w.nii.gz"
+        scan.unlink()
+        scan.symlink_to(tmp_path / "annex" / scan.name)
+    summary = prepare_study(study, out, CONFIG, leave_out=["sub-03"])
+    assert summary.unread == ("sub-01", "sub-02") and "2 people cannot be read now" in str(summary)
+    assert table(out) == {i: row for i, row in before.items() if i != "sub-03"}
+    assert len(PreparedCohort.open(out).rows()) == 3 and len(in_place) == 4
+
+
+def test_a_scan_that_changes_after_its_turn_costs_nobody(tmp_path: Path, in_place: list[str]) -> None:
+    study, out = write_study(tmp_path / "balls", 4), tmp_path / "out"
+
+    class CopiesAgain(Quiet):
+        def advance(self, steps: int = 1, note: str = "") -> None:
+            if note == "sub-03":
+                write_nifti(study / "sub-01/anat/sub-01_T1w.nii.gz", brain(77), GRID.affine, dtype="int16_unit")
+
+    assert prepare_study(study, out, CONFIG, progress=CopiesAgain()).people == 4
+    assert prepare_study(study, out, CONFIG).newly_prepared == 1  # the next call sees it
+
+
+def test_nobody_changes_sides_when_one_of_two_ids_of_a_scan_is_left_out(tmp_path: Path, in_place: list[str]) -> None:
+    study, out = write_study(tmp_path / "balls", 12), tmp_path / "out"
+    own = {f"sub-{i:02d}": split_of(f"sub-{i:02d}", 0, 0.2) for i in range(12)}
+    second = next(i for i, split in own.items() if split == "test")
+    first = next(i for i, split in own.items() if split == "train" and i < second)
+    shutil.copyfile(study / f"{first}/anat/{first}_T1w.nii.gz", study / f"{second}/anat/{second}_T1w.nii.gz")
+    for left_out in ([], [first, second], [first], [second], [first, second], []):
+        prepare_study(study, out, CONFIG, leave_out=left_out)
+        assert {table(out)[i]["split"] for i in {first, second} - set(left_out)} <= {"train"}
 
 
 @pytest.mark.parametrize(

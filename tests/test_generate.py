@@ -196,13 +196,20 @@ def test_a_dataset_grows_by_the_rows_that_follow(model: LatentDiffusion, tmp_pat
     (out / "generation.json").write_text((out / "generation.json").read_text().replace('"n": 5', '"n": 2'))
     assert generate(model, out, rows, FAST).made == 0
     assert json.loads((out / "generation.json").read_text())["n"] == 5
-    with pytest.raises(UsageError, match="n: 5 there, 2 now"):
+    longer = plan_of(model, 7)
+    write_plan(out / "plan.tsv", longer)  # stopped there, and then fewer are asked for
+    assert generate(model, out, longer[:6], FAST).made == 1
+    assert read_plan(out / "plan.tsv") == longer[:6]
+    write_plan(out / "plan.tsv", longer)
+    assert generate(model, out, longer[:6], FAST).made == 0
+    assert read_plan(out / "plan.tsv") == longer[:6]
+    with pytest.raises(UsageError, match="n: 6 there, 2 now"):
         generate(model, out, rows[:2], FAST)
-    others = [*rows[:4], PlanRow(4, Covariates(0, 60.0, 3e4, 1.45e6)), PlanRow(5, rows[0].covariates)]
+    others = [*rows[:4], PlanRow(4, Covariates(0, 60.0, 3e4, 1.45e6)), *longer[5:]]
     with pytest.raises(UsageError, match="other covariates"):
         generate(model, out, others, FAST)
     with pytest.raises(UsageError, match="steps: 3 there"):
-        generate(model, out, plan_of(model, 6), replace(FAST, steps=2))
+        generate(model, out, longer, replace(FAST, steps=2))
 
 
 GENERATE_AND_DIE = """

@@ -10,6 +10,7 @@ from brainldm.base.files import lock_holder, read_json_object, sha256_of
 from brainldm.base.manifest import Manifest
 from brainldm.base.nifti import read_nifti
 from brainldm.base.shipped import shipped_folder, shipped_name
+from brainldm.base.tables import read_table
 from brainldm.base.watch import told, watch_stages
 
 
@@ -60,10 +61,9 @@ def _model(path: Path) -> dict[str, Any]:
 
 
 def _cohort(path: Path) -> dict[str, Any]:
-    records = Manifest(path / "manifest.jsonl").records()
-    return {"kind": "prepared cohort", "images": len({r.get("index") for r in records})} | read_json_object(
-        path / "prepared.json"
-    )
+    table = path / "participants.tsv"
+    people = len(read_table(table)) if table.is_file() else 0
+    return {"kind": "prepared cohort", "images": people} | read_json_object(path / "prepared.json")
 
 
 def _run(path: Path) -> dict[str, Any]:

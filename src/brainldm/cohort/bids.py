@@ -196,7 +196,7 @@ def _find_images(root: Path) -> tuple[dict[str, list[_Image]], list[Failure]]:
     images: dict[str, list[_Image]] = {}
     failures: list[Failure] = []
     for participant in _folders(root, "sub-"):
-        participant_id = _normal(participant.name)
+        participant_id = composed(participant.name)
         try:
             places = [("", participant / "anat")]
             places += [(s.name, s / "anat") for s in _folders(participant, "ses-")]
@@ -211,7 +211,7 @@ def _find_images(root: Path) -> tuple[dict[str, list[_Image]], list[Failure]]:
             if not named or entities.get("part", "mag") != "mag":
                 continue
             file = path.relative_to(root).as_posix()
-            if _normal(named.group(1)) != participant_id or entities.get("ses", session[4:]) != session[4:]:
+            if composed(named.group(1)) != participant_id or entities.get("ses", session[4:]) != session[4:]:
                 place = "/".join(filter(None, (participant.name, session)))
                 message = f"the file is named for {named.group(1)} and lies in the folder of {place}."
                 remedy = "Find out whose scan it is, and name it so."
@@ -331,7 +331,7 @@ def _find_masks(root: Path, *, given: bool) -> dict[tuple[str, str, str], list[P
             continue
         folder = next((part for part in path.relative_to(root).parts[:-1] if part.startswith("ses-")), "")
         session = f"ses-{entities['ses']}" if "ses" in entities else folder
-        key = _normal(f"sub-{entities.get('sub', '')}"), session, entities.get("space", "")
+        key = composed(f"sub-{entities.get('sub', '')}"), session, entities.get("space", "")
         masks.setdefault(key, []).append(path)
     return masks
 
@@ -525,7 +525,9 @@ class _People:
                 reason="duplicate_rows",
             )
         written = self.table.rows[rows[0]][self.id_column]
-        notes = [] if _normal(written) in (participant_id, participant_id[4:]) else [f"matched to the row of {written}"]
+        notes = (
+            [] if composed(written) in (participant_id, participant_id[4:]) else [f"matched to the row of {written}"]
+        )
         return rows[0], (*notes, *([f"lines {lines} of the table say the same"] if len(rows) > 1 else []))
 
     def person(self, row: int, visit: _Visit | None) -> _Person:
@@ -676,11 +678,11 @@ def _check_age_unit(table: Table, meanings: Mapping[str, Any], column: str) -> N
 
 
 def _label(text: str, prefix: str = "sub-") -> str:
-    text = _normal(text)
+    text = composed(text)
     return text[len(prefix) :] if text.lower().startswith(prefix) else text
 
 
-def _normal(text: str) -> str:
+def composed(text: str) -> str:
     """File systems and editors write one accented letter in two ways; both are the same person."""
     return unicodedata.normalize("NFC", text.strip())
 

@@ -21,13 +21,13 @@ import brainldm
 from brainldm.base.counts import counted
 from brainldm.base.covariates import VOLUMES, implausible
 from brainldm.base.errors import BadInput, BrainldmError, EnvironmentProblem, PartialFailure, UsageError
-from brainldm.base.files import check_output_apart, locked_folder, read_json, write_json
+from brainldm.base.files import check_output_apart, locked_folder, make_folder, read_json, write_json
 from brainldm.base.manifest import Manifest
 from brainldm.base.pool import check_workers, each_in_a_pool
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.tables import number_in, read_table
 from brainldm.base.volume import grid_named
-from brainldm.cohort.bids import Failure, Scan, Study, read_study
+from brainldm.cohort.bids import Failure, Scan, Study, composed, read_study
 from brainldm.cohort.cohort_tables import CohortPerson, write_cohort_tables
 from brainldm.cohort.dataset import FORMAT, KIND, read_prepared_json
 from brainldm.cohort.prepare_config import PrepareConfig, ScanTask
@@ -36,6 +36,8 @@ from brainldm.cohort.split import SPLITS, Split, assign_splits, moved_people
 from brainldm.cohort.unires import unires_python
 
 __all__ = ["PrepareConfig", "PrepareSummary", "prepare_study"]
+
+ASIDE = ".left-out"  # where the prepared images of people lie who are in no table
 
 # A file name holds the id, the entities and, while it is written, a part prefix; it ends at 255 bytes.
 _LONGEST_ID_BYTES = 200
@@ -53,6 +55,7 @@ class PrepareSummary:
     newly_prepared: int
     seconds: float
     left_out: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         splits = ", ".join(f"{split} {n}" for split, n in self.splits.items())
@@ -61,6 +64,10 @@ class PrepareSummary:
         lines = [f"{people} prepared in {self.out} ({splits}{new}), in {self.seconds:.0f} s."]
         if self.left_out:
             lines.append(f"{counted(len(self.left_out), 'person was', 'people were')} left out, as asked.")
+        if self.unread:
+            scans_of = f"The scans of {counted(len(self.unread), 'person', 'people')}"
+            some = ", ".join(self.unread[:3])
+            lines.append(f"{scans_of} cannot be read now, to see whether they changed; what there is is kept ({some}).")
         if self.flagged:
             lines.append(
                 f"{self.flagged} of them should be looked at: see flags in {self.out / 'quality.tsv'}, and leave out "
@@ -106,8 +113,9 @@ def prepare_study(
         facts = _facts(study, config, earlier) | {"left_out": left_out}
         write_json(out / "prepared.json", facts | {"finished": False})
         manifest = Manifest(out / "manifest.jsonl")
-        tasks, done = _what_is_missing(out, manifest, scans, config)
-        progress.start("preparing scans", len(scans), len(done))
+        _bring_back(out)
+        tasks, done, unread = _what_is_missing(out, manifest, scans, config)
+        progress.start("preparing scans", len(scans), len(scans) - len(tasks))
         newly_prepared = 0
         with contextlib.closing(each_in_a_pool(_prepared, tasks, workers=workers)) as outcomes:
             for task, outcome in outcomes:
@@ -115,14 +123,18 @@ def prepare_study(
                     failures.append(_failure(task.scan, outcome, study.root))
                 else:
                     manifest.append(**outcome)
+                    done.add(task.scan.participant_id)
                     newly_prepared += 1
                 progress.advance(1, task.scan.participant_id)
         records = list(_proven(out, manifest).values())
         manifest.rewrite(records)
-        people = _people(scans, records, volumes, config)
+        people = _people([s for s in scans if s.participant_id in done], records, volumes)
         people, refused = _duplicates(people, config)
         failures += refused + _left_over(study, records)
-        summary = _finish(out, study, config, facts, people, failures, newly_prepared, begun)
+        summary = replace(
+            _finish(out, study, config, facts, people, failures, newly_prepared, begun), unread=tuple(unread)
+        )
+        _set_aside(out, {r["participant_id"] for r in records} - {p.id for p in people})
     if not people:
         first = failures[0]
         raise BadInput(
@@ -160,6 +172,7 @@ def _left_out(study: Study, asked: Collection[str]) -> list[str]:
     """The ids of those to leave out, as the study writes them; asked for with or without `sub-`."""
     usable = {s.participant_id.removeprefix("sub-"): s.participant_id for s in study.scans}
     there = {f.participant_id.removeprefix("sub-"): f.participant_id for f in study.failures} | usable
+    asked = [composed(i) for i in asked]  # a shell completes a folder's own spelling
     unknown = [i for i in asked if i.removeprefix("sub-") not in there]
     if unknown:
         raise UsageError(
@@ -285,14 +298,24 @@ def _proven(out: Path, manifest: Manifest, *, full: bool = False) -> dict[str, d
 
 def _what_is_missing(
     out: Path, manifest: Manifest, scans: Sequence[Scan], config: PrepareConfig
-) -> tuple[list[ScanTask], set[str]]:
-    """The scans still to prepare, and who is done.
+) -> tuple[list[ScanTask], set[str], list[str]]:
+    """The scans still to prepare, who is done, and who of those was prepared of a file that cannot be read now (a drive
+    that is away, an annexed file that was dropped): what was made of it is proven and stays.
 
     A person keeps the index they once had; the others take the free ones in the order of their ids, which gives a
     run that was killed the same indices again.
     """
     proven = _proven(out, manifest, full=True)  # milliseconds a scan; to prepare one takes many seconds
-    done = {s.participant_id for s in scans if _is_current(proven.get(s.participant_id), s, config)}
+    done: set[str] = set()
+    unread: list[str] = []
+    for scan in scans:
+        if record := proven.get(scan.participant_id):
+            try:
+                if is_source_of(record, scan, scan.mask if config.uses_masks else None):
+                    done.add(scan.participant_id)
+            except OSError:
+                unread.append(scan.participant_id)
+    done.update(unread)
     taken = {record["index"] for record in proven.values()}
     free = (i for i in range(len(scans) + len(taken) + 1) if i not in taken)
     tasks = []
@@ -302,12 +325,23 @@ def _what_is_missing(
         record = proven.get(scan.participant_id)
         index = next(free) if record is None else record["index"]
         tasks.append(ScanTask(index, scan, out, config, measure=config.volumes == "measure"))
-    return tasks, done
+    return tasks, done, unread
 
 
-def _is_current(record: Mapping[str, Any] | None, scan: Scan, config: PrepareConfig) -> bool:
-    """Whether the record is of this scan file and not of another or of an earlier one of that name."""
-    return record is not None and is_source_of(record, scan, scan.mask if config.uses_masks else None)
+def _set_aside(out: Path, people: Collection[str]) -> None:
+    """Moves the folders of those who are in no table out of the dataset's sight: BIDS has no folder without a row."""
+    for participant_id in people:
+        make_folder(out / ASIDE)
+        (out / participant_id).rename(out / ASIDE / participant_id)
+
+
+def _bring_back(out: Path) -> None:
+    """Moves all folders that were set aside back to where the manifest says that they are."""
+    for folder in (out / ASIDE).glob("*"):
+        if not (out / folder.name).exists():
+            folder.rename(out / folder.name)
+    if (out / ASIDE).is_dir():
+        shutil.rmtree(out / ASIDE)
 
 
 def _prepared(task: ScanTask) -> dict[str, Any]:
@@ -344,18 +378,15 @@ def _failure(scan: Scan, error: Exception, root: Path) -> Failure:
 
 
 def _people(
-    scans: Sequence[Scan],
-    records: Sequence[dict[str, Any]],
-    volumes: Mapping[str, Mapping[str, float]],
-    config: PrepareConfig,
+    scans: Sequence[Scan], records: Sequence[dict[str, Any]], volumes: Mapping[str, Mapping[str, float]]
 ) -> list[CohortPerson]:
+    """Everybody whose scan is prepared, whatever has become of the file since: the next call will look at it."""
     by_id = {r["participant_id"]: r for r in records}
     people = []
     for scan in scans:
-        record = by_id.get(scan.participant_id)
-        if record is not None and _is_current(record, scan, config):
-            known = volumes.get(scan.participant_id) or record["measured"]
-            people.append(CohortPerson(scan, record, float(known["ventricles_mm3"]), float(known["brain_mm3"])))
+        record = by_id[scan.participant_id]
+        known = volumes.get(scan.participant_id) or record["measured"]
+        people.append(CohortPerson(scan, record, float(known["ventricles_mm3"]), float(known["brain_mm3"])))
     return people
 
 
@@ -419,15 +450,20 @@ def _finish(
 ) -> PrepareSummary:
     before = _splits_before(out)
     moved = facts["moved_to_fill_a_split"]
+
     # One scan under several ids must not be on both sides of a split: they go where the first of them is, or was before
     # others came. Nobody who was in a split changes sides.
-    first_of = {p.id: min((p.id, *p.same_image_as), key=lambda i: (i not in before, i)) for p in people}
+    def rank(participant_id: str) -> tuple[bool, bool, str]:
+        return participant_id not in before, participant_id not in (moved or {}), participant_id
+
+    first_of = {p.id: min((p.id, *p.same_image_as), key=rank) for p in people}
     if before:
         there = {first: before[first] for first in set(first_of.values()) if first in before}
         moved = (moved or {}) | moved_people(there, seed=config.seed, holdout=config.holdout)
     of_first = assign_splits(set(first_of.values()), seed=config.seed, holdout=config.holdout, moved=moved)
     splits = {i: of_first[first] for i, first in first_of.items()}
-    moved_now = (moved or {}) | moved_people(of_first, seed=config.seed, holdout=config.holdout)
+    # Of all, not of the first of each scan alone: they may be left out, or come, without the others.
+    moved_now = (moved or {}) | moved_people(splits, seed=config.seed, holdout=config.holdout)
     failures.sort(key=lambda f: (f.participant_id, f.file, f.reason))
     write_cohort_tables(out, study, config, people, splits, failures)
     counts: dict[str, int] = {split: list(splits.values()).count(split) for split in SPLITS}

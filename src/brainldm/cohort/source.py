@@ -27,16 +27,14 @@ def stamp_of(path: Path) -> dict[str, Any]:
 
 
 def is_source_of(record: Mapping[str, Any], scan: Scan, mask: Path | None) -> bool:
-    """Whether the record was made of this scan and this mask, as the files are now, by this program's preparation."""
-    try:
-        status = scan.path.stat()
-        if record.get("preparation") != PREPARATION:
-            return False
-        if record["source"] != scan.file or record["source_bytes"] != status.st_size:
-            return False
-        touched = record["source_mtime_ns"] != status.st_mtime_ns
-        if touched and record["source_sha256"] != sha256_of(scan.path):
-            return False
-        return bool(record["mask_sha256"] == (None if mask is None else sha256_of(mask)))
-    except OSError:
+    """Whether the record was made of this scan and this mask, as the files are now, by this program's preparation.
+    OSError where they cannot be read."""
+    if record.get("preparation") != PREPARATION:
         return False
+    status = scan.path.stat()
+    if record["source"] != scan.file or record["source_bytes"] != status.st_size:
+        return False
+    touched = record["source_mtime_ns"] != status.st_mtime_ns
+    if touched and record["source_sha256"] != sha256_of(scan.path):
+        return False
+    return bool(record["mask_sha256"] == (None if mask is None else sha256_of(mask)))

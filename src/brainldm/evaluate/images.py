@@ -255,15 +255,13 @@ def _any_folder(folder: Path) -> ImageFolder:
 def _row_of_each(people: Table) -> tuple[dict[str, int], list[str]]:
     """The row of each person in a table, and who has several that differ, so that none can be theirs."""
     row_of: dict[str, int] = {}
-    unclear: list[str] = []
+    unclear: dict[str, str] = {}
     for row, cells in enumerate(people.rows):
-        first = row_of.setdefault(bare(cells["participant_id"]), row)
-        same = {**cells, "participant_id": ""} == {**people.rows[first], "participant_id": ""}
-        if not same and cells["participant_id"] not in unclear:
-            unclear.append(cells["participant_id"])
-    for participant_id in unclear:
-        row_of.pop(bare(participant_id), None)
-    return row_of, unclear
+        person = bare(cells["participant_id"])
+        first = people.rows[row_of.setdefault(person, row)]
+        if {**cells, "participant_id": ""} != {**first, "participant_id": ""}:
+            unclear.setdefault(person, first["participant_id"])
+    return {person: row for person, row in row_of.items() if person not in unclear}, list(unclear.values())
 
 
 def _image_files(folder: Path) -> list[str]:

@@ -234,8 +234,12 @@ def _record_or_compare(out: Path, facts: dict[str, Any], rows: list[PlanRow], *,
         write_plan(plan, rows)  # stopped between the two files, so before the first brain
     if not different:
         there, asked = ([row.covariates for row in plan_rows] for plan_rows in (read_plan(plan), rows))
-        if there != (asked[: len(there)] if grows else asked):
+        # Growing writes the plan first: a run that was killed before the record left a longer one.
+        both = min(len(there), len(asked))
+        if there[:both] != asked[:both] or both < recorded["n"]:
             different = ["plan: other covariates"]
+        elif len(there) > len(asked):
+            write_plan(plan, rows)
     if different:
         raise UsageError(
             f"this folder holds another dataset; it differs in {'; '.join(different[:3])}.",

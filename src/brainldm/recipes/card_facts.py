@@ -99,6 +99,8 @@ def commands(parts: CardParts, cohort: Path, n: int, reconstructed: int, pairs: 
         for name in ("register", "skull", "strip_with", "volumes", "nan", "holdout", "seed")
         if name in config and config[name] != usual[name]
     ]
+    if left_out := read_prepared_json(cohort).get("left_out"):
+        prepared.append(f"--leave-out {shlex.join(left_out)}")
     training = parts.loaded.description.training
     recipe = training.get("recipe", "demo")
     licence = parts.loaded.description.licence
