@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
 import io
 import json
@@ -141,6 +142,44 @@ def test_wrong_use_is_told_before_anything_else(tiny_run: Path, tiny_cohort: Pat
     for flag, value, example in (("--age", "50:80", "50:80:4"), ("--ventricles", "1ml:2ml", "15ml:60ml:4")):
         refused = call("generate", tiny_run, out, flag, value)
         assert refused.returncode == 2 and example in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "a/model"), "a/model: the system refused: Permission denied"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", Path("a")), "a: the system refused: No such file"),
+        (OSError(errno.EIO, "Input/output error"), "brainldm: the system refused: Input/output error. See "),
+        (OSError(errno.EBADF, "Bad file descriptor", 7), "brainldm: the system refused: Bad file"),
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), "a/b: the disk is full"),
+        (OSError(errno.ENOSPC, "No space left on device"), "brainldm: the disk is full"),
+    ],
+)
+def test_what_the_system_refuses_is_no_bug(
+    error: OSError, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def app(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", app)
+    assert cli._run([], debug=False) == 5
+    said = capsys.readouterr().err
+    assert told in said and "bug" not in said and " again" in said
+    with pytest.raises(OSError):
+        cli._run([], debug=True)
+
+
+def test_a_library_s_error_without_a_number_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "app", lambda *_, **__: (_ for _ in ()).throw(OSError("cannot identify image file")))
+    assert cli._run([], debug=False) == 1
+
+
+@pytest.mark.parametrize("device", ["mps", "meta", "xpu", "vulkan"])
+def test_other_devices_than_we_know_are_wrong_use(device: str, tiny_run: Path, tmp_path: Path) -> None:
+    result = call("generate", tiny_run, tmp_path / "out", "--n", 1, "--device", device)
+    assert result.returncode == 2
+    assert "cpu and cuda" in result.stderr and device in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_next_commands_are_quoted_and_counts_have_their_noun(tiny_run: Path, tmp_path: Path) -> None:

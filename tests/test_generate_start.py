@@ -31,7 +31,7 @@ from brainldm.model.description import (
 )
 from brainldm.model.folder import load_model, read_description
 from brainldm.model.latent_diffusion import LatentDiffusion
-from brainldm.model.memory import MemoryPlan, _held_and_free, gigabytes, plan_memory
+from brainldm.model.memory import MemoryPlan, _free_in_groups, gigabytes, plan_memory
 from brainldm.nets.autoencoder import AutoencoderConfig
 from brainldm.nets.packed import packing_works
 from brainldm.nets.unet import UNetConfig
@@ -339,9 +339,56 @@ def test_little_memory_is_told_in_megabytes() -> None:
     assert [gigabytes(count) for count in (GB, 999 * 10**6, 10**5)] == ["1.0 GB", "999 MB", "0.1 MB"]
 
 
-def test_what_files_left_in_memory_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {"memory.max": "9000", "memory.current": "8000", "memory.stat": "anon 1000\ninactive_file 6000\n"}
+def cgroup(folder: Path, limit: str, usage: int = 8000) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    told = {"memory.max": limit, "memory.current": str(usage), "memory.stat": "anon 1000\ninactive_file 6000\n"}
     for name, text in told.items():
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr("brainldm.model.memory._CGROUP", tmp_path)
-    assert _held_and_free(CPU)[1] == 7000
+        (folder / name).write_text(text)
+
+
+def cgroup_1(folder: Path, limit: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    stat = "inactive_file 0\ntotal_inactive_file 6000\n"
+    told = {"memory.limit_in_bytes": str(limit), "memory.usage_in_bytes": "8000", "memory.stat": stat}
+    for name, text in told.items():
+        (folder / name).write_text(text)
+
+
+def own_groups(root: Path, lines: str) -> None:
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(lines)
+
+
+def test_what_files_left_in_memory_is_free(tmp_path: Path) -> None:
+    cgroup(tmp_path / "sys/fs/cgroup", "9000")
+    assert _free_in_groups(tmp_path) == [7000]
+
+
+def test_a_job_has_what_its_own_group_and_those_around_it_leave(tmp_path: Path) -> None:
+    own_groups(tmp_path, "0::/slurm/job:7/step\n")
+    mounted = tmp_path / "sys/fs/cgroup"
+    cgroup(mounted / "slurm/job:7/step", "max")
+    cgroup(mounted / "slurm/job:7", "9000")
+    cgroup(mounted / "slurm", "50000", usage=40000)
+    cgroup(mounted / "another", "1")
+    assert sorted(_free_in_groups(tmp_path)) == [7000, 16000]
+
+
+def test_groups_of_version_1_count_too(tmp_path: Path) -> None:
+    own_groups(tmp_path, "9:cpu,cpuacct:/other\n4:memory:/docker/a\n0::/\n")
+    mounted = tmp_path / "sys/fs/cgroup/memory"
+    cgroup_1(mounted, 2**63 - 4096)
+    cgroup_1(mounted / "docker/a", 9000)
+    cgroup_1(mounted / "other", 1)
+    assert min(_free_in_groups(tmp_path)) == 7000
+
+
+def test_a_container_whose_group_lies_at_the_root_is_bound_by_it(tmp_path: Path) -> None:
+    """As the host names it, the group is not to be found inside."""
+    own_groups(tmp_path, "4:memory:/docker/a\n")
+    cgroup_1(tmp_path / "sys/fs/cgroup/memory", 9000)
+    assert _free_in_groups(tmp_path) == [7000]
+
+
+def test_without_groups_nothing_is_bound(tmp_path: Path) -> None:
+    assert _free_in_groups(tmp_path) == []

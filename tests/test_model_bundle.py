@@ -5,6 +5,7 @@ The networks are MONAI's own at tiny widths. The grid stays the paper's, in the 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from brainldm.base.covariates import PAPER_RANGES
-from brainldm.base.errors import BadInput, UsageError
+from brainldm.base.errors import BadInput, EnvironmentProblem, UsageError
 from brainldm.model import bundle
 from brainldm.model.bundle import PUBLISHED, PublishedFile, export_monai, import_monai, read_checkpoint
 from brainldm.model.bundle_layout import autoencoder_config, layout_of, network_kind, renamed, unet_config
@@ -272,6 +273,41 @@ def test_an_export_replaces_no_file(model_folder: Path, tmp_path: Path) -> None:
         export_monai(model_folder, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
     assert (tmp_path / "model.pt").read_bytes() == b"the published one"
+
+
+class FullDisk:
+    """A file on a disk that has room for so many bytes more."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, content: Any) -> int:
+        self.room -= len(content)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return int(self.file.write(content))
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+@pytest.mark.parametrize("room", [0, 5000])
+def test_an_export_to_a_full_disk_is_the_machine_s_and_can_be_done_again(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    whole, saves = torch.save, 0
+
+    def save(tensors: Tensors, file: Any) -> None:
+        nonlocal saves
+        saves += 1
+        whole(tensors, file if saves == 1 else FullDisk(file, room))
+
+    with monkeypatch.context() as now, pytest.raises(EnvironmentProblem, match="disk is full") as caught:
+        now.setattr(torch, "save", save)
+        export_monai(model_folder, tmp_path)
+    assert caught.value.path == tmp_path / "model.pt"
+    assert not list(tmp_path.iterdir())
+    assert len(export_monai(model_folder, tmp_path)) == 2
 
 
 OTHER_AGES = {**PAPER_RANGES.to_json(), "age_years": {"low": 20.0, "high": 90.0, "units": "year"}}

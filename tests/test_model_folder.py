@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from brainldm.base.covariates import Covariates
-from brainldm.base.errors import BadInput
+from brainldm.base.errors import BadInput, EnvironmentProblem
 from brainldm.base.files import sha256_of
 from brainldm.generate.run import row_noise
-from brainldm.model.folder import load_model, save_model
+from brainldm.model import folder as folder_module
+from brainldm.model.folder import load_latent_diffusion, load_model, save_model
+from brainldm.model.latent_diffusion import LatentDiffusion
+from brainldm.model.memory import MemoryPlan
 
 
 @pytest.fixture
@@ -40,6 +47,78 @@ def test_saved_and_loaded_gives_the_same_brain(tiny_run: Path, tmp_path: Path) -
     assert np.array_equal(first, again.sample(person, noise, sampler="ddim", steps=4))
     assert first.shape == (1, *model.grid.shape_XYZ)
     assert np.isfinite(first).all()
+
+
+def another(model: LatentDiffusion) -> LatentDiffusion:
+    """The model with other weights in both networks."""
+    autoencoder, unet = deepcopy(model.autoencoder), deepcopy(model.unet)
+    for network in (autoencoder, unet):
+        network.load_state_dict({name: tensor + 0.01 for name, tensor in network.state_dict().items()})
+    return replace(model, autoencoder=autoencoder, unet=unet)
+
+
+def test_weights_changed_meanwhile_are_not_sampled_with(model_folder: Path) -> None:
+    low = load_latent_diffusion(model_folder, memory=MemoryPlan(keeps_unet=False))
+    person, noise = [Covariates(1, 60.0, 3e4, 1.45e6)], [row_noise(0, 0)]
+    first = low.sample(person, noise, steps=2)
+    assert np.array_equal(first, low.sample(person, noise, steps=2))
+    save_model(model_folder, another(load_latent_diffusion(model_folder)))
+    with pytest.raises(BadInput, match="not those that") as caught:
+        low.sample(person, noise, steps=2)
+    assert caught.value.reason == "checksum"
+
+
+class Killed(BaseException):
+    pass
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int, error: BaseException) -> None:
+    """The n-th call of that function of the folder's does not happen: the writing ends there."""
+    real, calls = getattr(folder_module, name), 0
+
+    def stopped(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise error
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(folder_module, name, stopped)
+
+
+def test_a_model_half_replaced_is_no_finished_model(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    new = another(load_latent_diffusion(run))
+    with monkeypatch.context() as now, pytest.raises(Killed):
+        stop_at(now, "write_json", 1, Killed())
+        save_model(run / "model", new)
+    with pytest.raises(BadInput, match="has not finished a model yet"):
+        load_model(run)
+    save_model(run / "model", new)
+    assert torch.equal(next(load_latent_diffusion(run).unet.parameters()), next(new.unet.parameters()))
+
+
+def test_a_model_stays_until_all_of_the_next_is_written(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in model_folder.iterdir()}
+    with monkeypatch.context() as now, pytest.raises(EnvironmentProblem, match="disk is full"):
+        stop_at(now, "write_tensors", 2, OSError(errno.ENOSPC, "No space left on device"))
+        save_model(model_folder, another(load_latent_diffusion(model_folder)))
+    assert {path.name: path.read_bytes() for path in model_folder.iterdir()} == before
+
+
+def test_the_same_model_written_again_is_there_all_the_time(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in model_folder.iterdir()}
+    model = load_model(model_folder)
+    with monkeypatch.context() as now, pytest.raises(Killed):
+        stop_at(now, "write_json", 1, Killed())
+        save_model(model_folder, model)
+    assert load_model(model_folder).description == model.description
+    save_model(model_folder, model)
+    assert {path.name: path.read_bytes() for path in model_folder.iterdir()} == before
 
 
 def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:

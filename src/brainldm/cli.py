@@ -6,13 +6,14 @@ Nothing heavy is imported until a verb runs, so that --help answers at once.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shlex
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -21,6 +22,7 @@ from brainldm import __version__
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from brainldm.base.errors import BrainldmError
     from brainldm.base.nifti import Dtype
     from brainldm.generate.plan import Sweep
     from brainldm.train.run import TrainSummary
@@ -1088,6 +1090,10 @@ def _run(arguments: list[str], *, debug: bool) -> int:
                 "--batch 1 or --max-memory; share weights with --shard. What was finished is kept."
             )
             return 5
+        if isinstance(error, OSError) and error.errno is not None:  # one without a number is a library's own
+            problem = _refused_by_the_system(error)
+            _complain(str(problem))
+            return problem.exit_code
         _complain(f"this is a bug in brainldm: {type(error).__name__}: {error}. Run again with --debug and report it.")
         return 1
     return 0
@@ -1097,6 +1103,21 @@ def _is_out_of_memory(error: Exception) -> bool:
     """Of the machine or of a GPU. torch says the first as a plain RuntimeError; it is not imported here to ask."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def _refused_by_the_system(error: OSError) -> BrainldmError:
+    """The problem of the machine that an error of no door of ours tells: which file, what is wrong, what to do."""
+    from brainldm.base.errors import EnvironmentProblem
+    from brainldm.base.files import _environment_problem
+
+    file: Any = error.filename if isinstance(error.filename, str | os.PathLike) else None  # a number where it was open
+    if error.errno == errno.ENOSPC:
+        return _environment_problem(error, file)
+    return EnvironmentProblem(
+        f"the system refused: {error.strerror}.",
+        remedy="See that it is there, that you may read and write it, and that its disk is well; then run again.",
+        path=file,
+    )
 
 
 def _complain(text: str) -> None:

@@ -525,9 +525,8 @@ class _People:
                 reason="duplicate_rows",
             )
         written = self.table.rows[rows[0]][self.id_column]
-        notes = (
-            [] if composed(written) in (participant_id, participant_id[4:]) else [f"matched to the row of {written}"]
-        )
+        same = composed(written) in (participant_id, participant_id[4:])
+        notes = [] if same else [f"matched to the row of {written}"]
         return rows[0], (*notes, *([f"lines {lines} of the table say the same"] if len(rows) > 1 else []))
 
     def person(self, row: int, visit: _Visit | None) -> _Person:

@@ -89,8 +89,8 @@ def prepare_study(
 ) -> PrepareSummary:
     """Prepares the study in `bids` into `out`, or finishes, extends or refreshes what an earlier call made there.
 
-    Whoever is in `leave_out` is not in the cohort, for this call: what was prepared of them stays on disk, nobody else
-    changes sides, and without it they are back. UsageError for somebody the study does not have.
+    Whoever is in `leave_out` is not in the cohort: what was prepared of them lies in OUT/.left-out, nobody else changes
+    sides of the split, and a call without it has them back. UsageError for somebody the study does not have.
 
     PartialFailure when some people could not be used (the rest is done), BadInput when nobody could, UsageError when
     `out` holds anything else.

@@ -6,6 +6,7 @@ and plain containers and refuses everything else. Nothing of the bundle is ever 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import pickle
 import re
@@ -133,12 +134,20 @@ def export_monai(model: Path, out: Path, layout: Layout = "old") -> list[Path]:
     for path in paths.values():
         if path.exists():
             raise UsageError("there is such a file already.", remedy="Choose another folder.", path=path)
-    with locked_folder(out):
+    # Both are written before either takes its place: one alone would forbid the same command again.
+    with locked_folder(out), contextlib.ExitStack() as renamed_at_the_end:
         for name, network in (("autoencoder", loaded.autoencoder), ("unet", loaded.unet)):
             tensors = OrderedDict((renamed(key, layout), t.contiguous()) for key, t in network.state_dict().items())
+            part = renamed_at_the_end.enter_context(atomic_path(paths[name]))
             # A file, not its path: given a path, torch hides what the operating system said about a full disk.
-            with atomic_path(paths[name]) as part, part.open("wb") as file:
-                torch.save(tensors, file)
+            with part.open("wb") as file:
+                try:
+                    torch.save(tensors, file)
+                except RuntimeError as error:
+                    # Given a file it tells of a wrong position while it closes what the full disk cut off.
+                    if isinstance(error.__context__, OSError):
+                        raise error.__context__ from error
+                    raise
     return list(paths.values())
 
 

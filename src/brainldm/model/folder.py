@@ -11,8 +11,10 @@ Loading refuses a folder in which anything is missing, changed, of a newer forma
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -21,7 +23,7 @@ from safetensors.torch import load_file
 
 from brainldm.base.covariates import COVARIATES, VOLUMES
 from brainldm.base.errors import BadInput, UsageError
-from brainldm.base.files import read_json, sha256_of, write_json
+from brainldm.base.files import atomic_path, read_json, sha256_of, write_json
 from brainldm.base.shipped import shipped_folder, shipped_name
 from brainldm.model.description import (
     AUTOENCODER_NAME,
@@ -61,15 +63,29 @@ def save_model(
 ) -> LatentDiffusionDescription | GanDescription:
     """Writes the model folder; model.json last, so that a folder with a model.json is whole.
 
-    With `weights_dtype` float16 it takes half the room, and is float32 again once loaded; UsageError, before anything
+    A model that is there stays as it is until all weights of the new one are written beside it, and only the same model
+    keeps its model.json while they take their places: an interrupted writing reads as no model, never as another. With `weights_dtype` float16 it takes half the room, and is float32 again once loaded; UsageError, before anything
     is written, for a weight beyond float16. `licence` replaces what the model states.
     """
     parts = {name: stored(tensors, weights_dtype, name) for name, tensors in tensors_of(model).items()}
-    weights = {name: _save_weights(folder / name, tensors) for name, tensors in parts.items()}
     stated = {"licence": model.description.licence if licence is None else licence}
-    description = model.description.model_copy(update={"weights": weights, "weights_dtype": weights_dtype} | stated)
-    write_json(folder / DESCRIPTION_NAME, description.model_dump(mode="json"))
+    with contextlib.ExitStack() as renamed_at_the_end:
+        weights = {}
+        for name, tensors in parts.items():
+            weights[name] = _save_weights(renamed_at_the_end.enter_context(atomic_path(folder / name)), tensors)
+        description = model.description.model_copy(update={"weights": weights, "weights_dtype": weights_dtype} | stated)
+        content = description.model_dump(mode="json")
+        if not _is_described(folder, content):
+            (folder / DESCRIPTION_NAME).unlink(missing_ok=True)
+    write_json(folder / DESCRIPTION_NAME, content)
     return description
+
+
+def _is_described(folder: Path, content: dict[str, Any]) -> bool:
+    try:
+        return bool(read_json(folder / DESCRIPTION_NAME) == content)
+    except BadInput:
+        return False
 
 
 def tensors_of(model: LatentDiffusion | GanModel) -> dict[str, dict[str, torch.Tensor]]:
@@ -249,6 +265,8 @@ def _load_latent_diffusion(
         _fill(folder / name, module.eval(), device, half[name])
 
     def reload_unet() -> None:
+        # Proven again: the folder may have been written anew since, and half a dataset would be of another model.
+        _prove(folder / UNET_NAME, description.weights.get(UNET_NAME))
         _fill(folder / UNET_NAME, unet, device, half[UNET_NAME])
 
     return LatentDiffusion(

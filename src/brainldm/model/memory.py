@@ -31,7 +31,6 @@ _PLAIN_COPIES = 4  # maps that a whole decode holds at once: input, residual, no
 _KEEPS_UNET_BELOW_BYTES = 256 << 20
 _GAPS = 1.1  # what the C library cannot use again, as a share of all
 _SHARE_OF_FREE = 0.9
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -187,10 +186,36 @@ def _held_and_free(device: torch.device) -> tuple[int, int]:
     """Bytes this process holds now, and that it could still have."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # a job or a container may have less than its machine
-        allowed, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        facts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        # What files left in memory counts as used, and is given up when it is needed.
-        free = min(free, allowed - used + int(facts.get("inactive_file", 0)))
+    free = min(psutil.virtual_memory().available, *_free_in_groups(Path("/")))
     return psutil.Process().memory_info().rss, free
+
+
+def _free_in_groups(root: Path) -> list[int]:
+    """Bytes left in each control group that bounds this process: a job or a container may have less than its machine.
+
+    They are its own group and those that hold it, in both versions; what cannot be read bounds nothing.
+    """
+    own = {"": "", "memory": ""}  # by controller, as the kernel lists them; version 2 names none
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            own |= dict.fromkeys(controllers.split(","), path.lstrip("/"))
+    free = []
+    for mounted, path, limit, usage, inactive in (
+        ("sys/fs/cgroup", own[""], "memory.max", "memory.current", "inactive_file"),
+        (
+            "sys/fs/cgroup/memory",
+            own["memory"],
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    ):
+        # Above the mount there are no such files. A container may see its own group there, under no path at all.
+        for group in (root / mounted / path, *(root / mounted / path).parents):
+            with contextlib.suppress(OSError, ValueError):
+                allowed, used = (int((group / name).read_text()) for name in (limit, usage))
+                facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                # What files left in memory counts as used, and is given up when it is needed.
+                free.append(allowed - used + int(facts.get(inactive, 0)))
+    return free

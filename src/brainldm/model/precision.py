@@ -13,7 +13,8 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device of that name; `auto` takes CUDA where it is, else the CPU. UsageError where it is not there.
+    """The device of that name; `auto` takes CUDA where it is, else the CPU. UsageError where it is not there
+    or of another type.
 
     On CUDA float32 convolutions are computed in float32 from then on: torch's default, TF32, keeps 10 bits of a factor.
     """
@@ -25,6 +26,8 @@ def choose_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"no device is named {name!r}.", remedy="Use auto, cpu or cuda.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"brainldm knows cpu and cuda, not {device.type}.", remedy="Use auto, cpu or cuda.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "CUDA was asked for and this machine (or this build of torch) has none.", remedy="Use --device cpu."
