@@ -1108,14 +1108,15 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _refused_by_the_system(error: OSError) -> BrainldmError:
     """The problem of the machine that an error of no door of ours tells: which file, what is wrong, what to do."""
     from brainldm.base.errors import EnvironmentProblem
-    from brainldm.base.files import _environment_problem
+    from brainldm.base.files import environment_problem
 
     file: Any = error.filename if isinstance(error.filename, str | os.PathLike) else None  # a number where it was open
     if error.errno == errno.ENOSPC:
-        return _environment_problem(error, file)
+        return environment_problem(error, file)
     return EnvironmentProblem(
         f"the system refused: {error.strerror}.",
-        remedy="See that it is there, that you may read and write it, and that its disk is well; then run again.",
+        remedy="Check that the files of this command are there, are yours to read and write, and lie on a disk that "
+        "works; then run it again.",
         path=file,
     )
 

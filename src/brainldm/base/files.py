@@ -24,7 +24,8 @@ PART_PREFIX = ".part-"
 LOCK_NAME = ".brainldm.lock"
 
 
-def _environment_problem(error: OSError, path: Path) -> EnvironmentProblem:
+def environment_problem(error: OSError, path: Path | None) -> EnvironmentProblem:
+    """What the system refused when something was to be written to `path`, and what to do."""
     if error.errno == errno.ENOSPC:
         return EnvironmentProblem(
             "the disk is full; nothing half-written was kept.",
@@ -49,7 +50,7 @@ def make_folder(path: Path) -> Path:
             "a folder is needed here, and there is a file.", remedy="Choose another output.", path=path
         ) from error
     except OSError as error:
-        raise _environment_problem(error, path) from error
+        raise environment_problem(error, path) from error
     return path
 
 
@@ -77,7 +78,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _environment_problem(error, path) from error
+        raise environment_problem(error, path) from error
 
 
 @contextlib.contextmanager
@@ -181,7 +182,7 @@ def locked_folder(folder: str | Path) -> Iterator[Path]:
     try:
         handle = lock_path.open("a+", encoding="utf-8")
     except OSError as error:
-        raise _environment_problem(error, folder) from error
+        raise environment_problem(error, folder) from error
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -63,8 +63,9 @@ def save_model(
 ) -> LatentDiffusionDescription | GanDescription:
     """Writes the model folder; model.json last, so that a folder with a model.json is whole.
 
-    A model that is there stays as it is until all weights of the new one are written beside it, and only the same model
-    keeps its model.json while they take their places: an interrupted writing reads as no model, never as another. With `weights_dtype` float16 it takes half the room, and is float32 again once loaded; UsageError, before anything
+    A model that is there stays until all weights of the new one are written beside it. While they take their places
+    there is no model.json, unless it would be the same: an interrupted writing reads as no model, never as another.
+    With `weights_dtype` float16 it takes half the room, and is float32 again once loaded; UsageError, before anything
     is written, for a weight beyond float16. `licence` replaces what the model states.
     """
     parts = {name: stored(tensors, weights_dtype, name) for name, tensors in tensors_of(model).items()}

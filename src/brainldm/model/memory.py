@@ -201,15 +201,11 @@ def _free_in_groups(root: Path) -> list[int]:
             _, controllers, path = line.split(":", 2)
             own |= dict.fromkeys(controllers.split(","), path.lstrip("/"))
     free = []
-    for mounted, path, limit, usage, inactive in (
-        ("sys/fs/cgroup", own[""], "memory.max", "memory.current", "inactive_file"),
-        (
-            "sys/fs/cgroup/memory",
-            own["memory"],
-            "memory.limit_in_bytes",
-            "memory.usage_in_bytes",
-            "total_inactive_file",
-        ),
+    version_2 = ("memory.max", "memory.current", "inactive_file")
+    version_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    for mounted, path, (limit, usage, inactive) in (
+        ("sys/fs/cgroup", own[""], version_2),
+        ("sys/fs/cgroup/memory", own["memory"], version_1),
     ):
         # Above the mount there are no such files. A container may see its own group there, under no path at all.
         for group in (root / mounted / path, *(root / mounted / path).parents):

@@ -27,7 +27,9 @@ def choose_device(name: str = "auto") -> torch.device:
     except RuntimeError as error:
         raise UsageError(f"no device is named {name!r}.", remedy="Use auto, cpu or cuda.") from error
     if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"brainldm knows cpu and cuda, not {device.type}.", remedy="Use auto, cpu or cuda.")
+        raise UsageError(
+            f"devices of type {device.type} are not known here; cpu and cuda are.", remedy="Use auto, cpu or cuda."
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "CUDA was asked for and this machine (or this build of torch) has none.", remedy="Use --device cpu."
