@@ -31,7 +31,7 @@ from brainldm.model.description import (
 )
 from brainldm.model.folder import load_model, read_description
 from brainldm.model.latent_diffusion import LatentDiffusion
-from brainldm.model.memory import MemoryPlan, _free_in_groups, gigabytes, plan_memory
+from brainldm.model.memory import MemoryPlan, _free_in_groups, _held_and_free, gigabytes, plan_memory
 from brainldm.nets.autoencoder import AutoencoderConfig
 from brainldm.nets.packed import packing_works
 from brainldm.nets.unet import UNetConfig
@@ -392,3 +392,9 @@ def test_a_container_whose_group_lies_at_the_root_is_bound_by_it(tmp_path: Path)
 
 def test_without_groups_nothing_is_bound(tmp_path: Path) -> None:
     assert _free_in_groups(tmp_path) == []
+
+
+def test_a_machine_without_control_groups_has_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("brainldm.model.memory._free_in_groups", lambda root: [])
+    held, free = _held_and_free(torch.device("cpu"))
+    assert 0 < held and 0 < free

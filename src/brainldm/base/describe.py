@@ -61,8 +61,9 @@ def _model(path: Path) -> dict[str, Any]:
 
 
 def _cohort(path: Path) -> dict[str, Any]:
-    table = path / "participants.tsv"
-    people = len(read_table(table)) if table.is_file() else 0
+    table = path / "participants.tsv"  # written at the end; until then the manifest knows who is done
+    records = Manifest(path / "manifest.jsonl").records()
+    people = len(read_table(table)) if table.is_file() else len({record.get("index") for record in records})
     return {"kind": "prepared cohort", "images": people} | read_json_object(path / "prepared.json")
 
 

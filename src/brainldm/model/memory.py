@@ -186,7 +186,7 @@ def _held_and_free(device: torch.device) -> tuple[int, int]:
     """Bytes this process holds now, and that it could still have."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)[0]
-    free = min(psutil.virtual_memory().available, *_free_in_groups(Path("/")))
+    free = min([psutil.virtual_memory().available, *_free_in_groups(Path("/"))])
     return psutil.Process().memory_info().rss, free
 
 
