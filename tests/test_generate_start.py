@@ -397,4 +397,4 @@ def test_without_groups_nothing_is_bound(tmp_path: Path) -> None:
 def test_a_machine_without_control_groups_has_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("brainldm.model.memory._free_in_groups", lambda root: [])
     held, free = _held_and_free(torch.device("cpu"))
-    assert 0 < held and 0 < free
+    assert held > 0 and free > 0
