@@ -62,8 +62,10 @@ def _model(path: Path) -> dict[str, Any]:
 
 def _cohort(path: Path) -> dict[str, Any]:
     table = path / "participants.tsv"  # written at the end; until then the manifest knows who is done
-    records = Manifest(path / "manifest.jsonl").records()
-    people = len(read_table(table)) if table.is_file() else len({record.get("index") for record in records})
+    if table.is_file():
+        people = len(read_table(table))
+    else:
+        people = len({record.get("index") for record in Manifest(path / "manifest.jsonl").records()})
     return {"kind": "prepared cohort", "images": people} | read_json_object(path / "prepared.json")
 
 

@@ -93,13 +93,14 @@ def settings_facts(out: Path, n: int, pairs: int, seed: int, parts: CardParts, j
 def commands(parts: CardParts, cohort: Path, n: int, reconstructed: int, pairs: int, seed: int) -> list[str]:
     """What makes all of it again, from nothing."""
     study, usual = parts.study, PrepareConfig().to_json()
-    config = read_prepared_json(cohort)["config"]
+    facts = read_prepared_json(cohort)
+    config = facts["config"]
     prepared = [f"--grid {config.get('grid', study.grid.name)}"] + [
         f"--{name.replace('_', '-')} {config[name]}"
         for name in ("register", "skull", "strip_with", "volumes", "nan", "holdout", "seed")
         if name in config and config[name] != usual[name]
     ]
-    if left_out := read_prepared_json(cohort).get("left_out"):
+    if left_out := facts.get("left_out"):
         prepared.append(f"--leave-out {shlex.join(left_out)}")
     training = parts.loaded.description.training
     recipe = training.get("recipe", "demo")
