@@ -103,31 +103,38 @@ def test_the_kernel_interval_holds_zero_as_often_as_it_says() -> None:
     assert held >= 88
 
 
-def test_sets_of_one_population_are_as_far_apart_as_halves_of_the_real() -> None:
+def test_sets_of_one_population_are_as_far_apart_as_parts_of_the_real() -> None:
     same = set_distance(normal(60, 1), normal(90, 2), 0)
-    assert same.halves.beyond.low < 0 < same.halves.beyond.high
-    assert same.halves.across.n == same.halves.real.n == 30
+    assert same.parts.beyond.low < 0 < same.parts.beyond.high
+    assert same.parts.across.n == same.parts.real.n == 22
     other = set_distance(normal(60, 1, spread=0.4), normal(90, 2), 0)  # less varied, same mean
-    assert other.halves.beyond.low > max(0, same.halves.beyond.value)
+    assert other.parts.beyond.low > max(0, same.parts.beyond.value)
     assert other.kernel.low > 0 > same.kernel.low
 
 
 def test_few_images_and_identical_ones() -> None:
     alone = set_distance(normal(1, 1), normal(9, 2), 0)
-    assert all(e.value is None and "4 images" in e.reason for e in (alone.all, alone.halves.across, alone.kernel))
+    assert all(e.value is None and "4 images" in e.reason for e in (alone.all, alone.parts.across, alone.kernel))
     five = set_distance(normal(5, 1), normal(5, 2), 0)
     assert five.all.value is not None and "fewer images" in five.all.reason
-    assert five.halves.across.value is None and "8 images on each side" in five.halves.across.reason
-    alike = set_distance(normal(9, 1), np.ones((8, 12)), 0)
-    assert alike.halves.real.value == 0 and alike.halves.beyond.value > 0
+    assert five.parts.across.value is None and "8 synthetic and 16 real" in five.parts.across.reason
+    alike = set_distance(normal(9, 1), np.ones((16, 12)), 0)
+    assert alike.parts.real.value == 0 and alike.parts.beyond.value > 0
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.3])
-def test_the_range_of_halves_holds_the_populations_value(shift: float) -> None:
-    """Of `beyond` and `across` at that size, as often as it says."""
-    many = [set_distance(normal(40, 2 * seed, shift=shift), normal(90, 2 * seed + 1), 0).halves for seed in range(60)]
-    truth = [np.mean([getattr(halves, name).value for halves in many]) for name in ("across", "beyond")]
-    held = np.zeros(2)
-    for halves in many:
-        held += [e.low <= value <= e.high for e, value in zip((halves.across, halves.beyond), truth)]
+def test_the_range_of_parts_holds_the_populations_value(shift: float) -> None:
+    """Of every figure at that size, as often as it says, also where people differ in how far from the mean they lie and
+    where there are no more real than synthetic images."""
+
+    def people(n: int, seed: int, shift: float) -> np.ndarray:
+        return normal(n, seed, shift=shift) * np.exp(stream(seed, "test/differing").normal(0, 0.25, (n, 1)))
+
+    many = [set_distance(people(64, 2 * seed, shift), people(64, 2 * seed + 1, 0), 0).parts for seed in range(60)]
+    figures = ("across", "real", "beyond")
+    truth = [np.mean([getattr(parts, name).value for parts in many]) for name in figures]
+    held = np.zeros(3)
+    for parts in many:
+        found = (getattr(parts, name) for name in figures)
+        held += [e.low <= value <= e.high for e, value in zip(found, truth)]
     assert (held >= 0.9 * len(many)).all()

@@ -34,9 +34,9 @@ def test_a_region_that_differs_is_found_and_sized() -> None:
     worst = found.regions[0]
     assert worst.name == "thalamus" and worst.cohen_d.low < 2.0 < worst.cohen_d.high
     assert all(region.cohen_d.low < 0 < region.cohen_d.high for region in found.regions[1:])
-    assert found.halves.beyond.low > 0 and found.halves.across.n == 30
+    assert found.parts.beyond.low > 0 and found.parts.across.n == 20
     same = morphometry(people(60, 3), people(80, 2), 0)
-    assert same is not None and same.halves.beyond.low < 0 < same.halves.beyond.high
+    assert same is not None and same.parts.beyond.low < 0 < same.parts.beyond.high
 
 
 def test_too_little_variety_is_no_likeness() -> None:
@@ -45,7 +45,7 @@ def test_too_little_variety_is_no_likeness() -> None:
     alike = [{name: 4000 + 0.5 * (volume - 4000) for name, volume in person.items()} for person in usual]
     found = morphometry(alike, people(190, 2), 0)
     assert found is not None
-    assert found.halves.across.value < found.halves.real.value and found.halves.beyond.low > 0
+    assert found.parts.across.value < found.parts.real.value and found.parts.beyond.low > 0
 
 
 def test_cohen_d_of_known_samples() -> None:
@@ -66,9 +66,9 @@ def test_wasserstein_is_the_best_assignment() -> None:
 
 def test_few_people_and_alike_ones_get_a_reason() -> None:
     few = morphometry(people(1, 1), people(3, 2), 0)
-    assert few is not None and few.halves.across.value is None and "8 images on each" in few.halves.across.reason
+    assert few is not None and few.parts.across.value is None and "8 synthetic and 16 real" in few.parts.across.reason
     alike = morphometry(people(9, 1), [people(1, 2)[0]] * 9, 0)
-    assert alike is not None and alike.halves.beyond.value is None and "the same" in alike.halves.beyond.reason
+    assert alike is not None and alike.parts.beyond.value is None and "the same" in alike.parts.beyond.reason
     assert morphometry([], people(3, 2), 0) is None
     assert morphometry([{"thalamus": 1.0}], people(3, 2), 0) is None
 
@@ -89,6 +89,11 @@ def test_two_tables_of_anybodys(tmp_path: Path) -> None:
     write_table(tmp_path / "other.tsv", ("who", "insula"), [{"who": "p1", "insula": 3.0}])
     with pytest.raises(BadInput, match="regions in common"):
         compare_tables(tmp_path / "other.tsv", tmp_path / "real.tsv", tmp_path / "none")
+    before = (tmp_path / "out" / "regions.tsv").read_bytes()
+    (tmp_path / "link.tsv").symlink_to("out/regions.tsv")
+    with pytest.raises(UsageError, match="link.tsv: the output would overwrite"):
+        compare_tables(tmp_path / "made.tsv", tmp_path / "link.tsv", tmp_path / "out")
+    assert (tmp_path / "out" / "regions.tsv").read_bytes() == before
 
 
 # ------------------------------------------------------------------------------------------- other programs' tables
@@ -128,7 +133,7 @@ def test_volumes_from_tables_are_taken_instead_of_measured(tmp_path: Path) -> No
     assert not card.failures
     assert card.row("ventricles_mm3.pearson_r").synthetic.value == pytest.approx(1)
     assert card.settings["instrument"] == "table:s.csv"
-    assert card.row("regions.wasserstein").synthetic.value is not None
+    assert "there are 8 and 8" in card.row("regions.wasserstein").synthetic.reason  # the regions were read
     assert (tmp_path / "out" / "regions.tsv").exists()
     with pytest.raises(UsageError, match="one side only"):
         evaluate_dataset(made, people_there, tmp_path / "x", volumes=(table, None))

@@ -14,8 +14,11 @@ import judged_folders
 from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.files import read_json, write_json
 from brainldm.base.nifti import write_nifti
+from brainldm.base.progress import Quiet
 from brainldm.base.tables import read_table
-from brainldm.base.volume import GRIDS, Volume
+from brainldm.base.volume import GRIDS, Grid, Volume
+from brainldm.evaluate import images as judged_images
+from brainldm.evaluate.caveats import caveats
 from brainldm.evaluate.judge import Judge
 from brainldm.evaluate.scorecard import Scorecard, evaluate_dataset
 from judged_folders import TINY, BlobMeasure, Found, blob, write_cohort, write_synthetic
@@ -410,3 +413,87 @@ def test_held_out_people_alone_can_be_compared_with(tmp_path: Path) -> None:
         evaluate_dataset(
             made, seen, tmp_path / "no", instrument=BlobMeasure(), features=(), pairs=10, workers=1, held_out_only=True
         )
+
+
+def test_an_instrument_sees_every_image_on_one_grid(tmp_path: Path) -> None:
+    """Brains of 8 mm beside people of 4 mm: the people are brought to 8 mm before they are measured."""
+    fine = Grid("4mm", tuple(2 * n for n in TINY.shape_XYZ), 4.0, tuple(o - 2 for o in TINY.origin_mm))
+    made = write_synthetic(tmp_path / "brains", ASKED[:4])
+    people = write_cohort(tmp_path / "cohort", RECORDED[:6], grid=fine)
+    card = judge(made, people, tmp_path / "out", instrument=_Voxels())
+    assert card.row("brain_mm3.mean").reference.value == card.row("brain_mm3.mean").synthetic.value == 8.0
+    again = judge(made, people, tmp_path / "out", instrument=_Voxels())
+    assert again.row("brain_mm3.mean").reference.value == 8.0
+    assert len((tmp_path / "out" / "measured.jsonl").read_text().splitlines()) == 10
+
+
+@dataclass(frozen=True)
+class _Voxels:
+    """Finds the side of a voxel."""
+
+    name: str = "voxels"
+
+    def __call__(self, image: Volume) -> Found:
+        return Found(1.0, round(float(image.voxel_mm[0]), 3))
+
+
+def test_what_others_put_into_a_folder_is_not_deleted(mine: tuple[Path, Path, Path]) -> None:
+    made, people, out = mine
+    out.mkdir()
+    for name in ("index.html", "failures.tsv"):
+        (out / name).write_text("mine")
+    with pytest.raises(UsageError, match="holds other things"):
+        judge(made, people, out)
+    assert all((out / name).read_text() == "mine" for name in ("index.html", "failures.tsv"))
+
+
+def test_an_evaluation_that_has_nothing_to_judge_leaves_the_one_before_it(mine: tuple[Path, Path, Path]) -> None:
+    made, people, out = mine
+    judge(made, people, out)
+    before = (out / "scorecard.json").read_text()
+    for image in made.rglob("*.nii.gz"):
+        image.write_bytes(b"none")
+    with pytest.raises(BadInput):
+        judge(made, people, out)
+    assert (out / "scorecard.json").read_text() == before and (out / "scorecard.md").exists()
+
+
+def test_suspects_are_named_with_whom_they_resemble(mine: tuple[Path, Path, Path]) -> None:
+    made, people, out = mine
+    images = [sorted(folder.rglob("*_T1w.nii.gz")) for folder in (made, people)]
+    shutil.copyfile(images[1][2], images[0][5])
+    (made / "manifest.jsonl").unlink()  # it states another file
+    judge(made, people, out, features=("none",))
+    named = read_table(out / "suspects.tsv").rows
+    assert (named[0]["space"], named[0]["nearest_participant_id"]) == ("voxels", "sub-02")
+    assert named[0]["file"].endswith(images[0][5].name) and float(named[0]["rmse"]) < 1e-3
+
+
+def test_a_predictor_that_may_have_learnt_from_the_people_is_said(mine: tuple[Path, Path, Path]) -> None:
+    made, people, out = mine
+    known = {"holdout": 0.2, "seed": 5}
+    prepared = read_json(people / "prepared.json")
+    write_json(people / "prepared.json", prepared | {"config": known})
+    for split_by, told in ((known, False), ({"holdout": 0.2, "seed": 6}, True)):
+        predictor = _Learnt(training={"split_by": split_by})
+        judging = Judge(
+            *(judged_images.open_images(folder, side) for folder, side in ((made, "synthetic"), (people, "real"))),
+            out, out, BlobMeasure(), 4, 0, 1, 200, Quiet(), {"age_years": predictor},
+        )  # fmt: skip
+        out.mkdir(exist_ok=True)
+        found = caveats(judging.made, judging.people, judging.run(show_real=False))
+        assert any("predictor of age may have learnt" in sentence for sentence in found) is told
+
+
+@dataclass(frozen=True)
+class _Learnt:
+    training: dict
+    name: str = "learnt"
+
+    def __call__(self, image: Volume) -> _Age:
+        return _Age(60.0)
+
+
+@dataclass(frozen=True)
+class _Age:
+    age_years: float

@@ -49,7 +49,8 @@ def test_membership_is_told_where_a_model_copies_and_only_there() -> None:
 
 def test_suspects_are_named_nearest_first() -> None:
     found = searched([*OTHERS[:3], TRAINING[4]], TRAINING, HELD_OUT, MASK, 0)
-    assert found.suspects[0] == 3 and found.least == pytest.approx(0, abs=1e-6)
+    assert (found.suspects[0].image, found.suspects[0].training) == (3, 4)
+    assert found.suspects[0].rmse == found.least and found.least == pytest.approx(0, abs=1e-6)
 
 
 def test_two_samples_of_one_population_are_as_far_apart_as_chance() -> None:
@@ -57,6 +58,20 @@ def test_two_samples_of_one_population_are_as_far_apart_as_chance() -> None:
         found = distance(OTHERS, TRAINING, 0)
         assert found.by_chance.low * 0.8 <= found.observed.value <= found.by_chance.high * 1.2
         assert found.observed.n == 20 and found.by_chance.n == 24
+
+
+def test_chance_is_what_equal_means_show_where_spreads_and_sizes_differ() -> None:
+    """A small set of much variety beside a large one of little: a division of both together would mix their spreads."""
+    draws = stream(3, "test/spreads")
+
+    def looks(n: int, spread: float) -> list[Sketch]:
+        return [Sketch(np.zeros(256), np.full((3, 3, 3), 1.0) + draws.normal(0, spread, (3, 3, 3))) for _ in range(n)]
+
+    found = [mean_image_distance(looks(24, 0.2), looks(72, 0.05), 0) for _ in range(60)]
+    assert np.mean([one.by_chance.value for one in found]) == pytest.approx(
+        np.mean([one.observed.value for one in found]), rel=0.08
+    )
+    assert np.mean([one.observed.value <= one.by_chance.high for one in found]) >= 0.9
 
 
 def test_another_contrast_is_seen_and_measured_in_intensity_units() -> None:
@@ -154,6 +169,17 @@ def test_chance_is_what_happens_when_nothing_is_copied() -> None:
         ):
             inside[k] += chance.low <= value.value <= chance.high
     assert (inside / 120 >= 0.93).all()
+
+
+def test_chance_where_training_people_stand_in_is_that_of_the_closest_pair() -> None:
+    draws, blank, whole = stream(4, "test/pairs"), np.zeros(256), np.ones((4, 4, 4), bool)
+    shares = []
+    for _ in range(150):
+        made, training = ([Sketch(blank, draws.normal(size=(4, 4, 4))) for _ in range(n)] for n in (12, 20))
+        found = searched(made, training, [], whole, 0)
+        shares.append(found.nearer_than_reference.value)
+    assert found.nearer_by_chance.value == pytest.approx(2 / 21)
+    assert np.mean(shares) == pytest.approx(2 / 21, abs=0.03)
 
 
 def test_without_enough_held_out_people_training_people_stand_in() -> None:

@@ -20,10 +20,12 @@ from brainldm.generate.run import GenerateSettings, generate
 from brainldm.generate.start import start
 from brainldm.model.folder import load_latent_diffusion, load_model, read_description
 from brainldm.model.gan import GanModel
+from brainldm.model.precision import autocast
 from brainldm.nets.gan import GanConfig, GanDiscriminator, GanEncoder, GanGenerator
 from brainldm.recipes.gan import baseline
 from brainldm.train.config import GanStageConfig
 from brainldm.train.gan_run import train_gan
+from brainldm.train.settings import with_settings
 from conftest import write_tiny_cohort
 
 NET = GanConfig((16, 24, 8), (8, 16), noise_features=6, norm_groups=4)
@@ -45,6 +47,17 @@ def test_shapes_and_range() -> None:
     assert score.shape == (2,) and features.shape == (2, 8, 8, 12, 4)
     mean, log_variance = GanEncoder(NET)(image)
     assert mean.shape == log_variance.shape == (2, 6)
+
+
+@torch.no_grad()
+def test_bfloat16_leaves_an_image_its_grey_values() -> None:
+    torch.manual_seed(0)
+    generator, noise, known = GanGenerator(NET), torch.randn(1, 6), torch.rand(1, 4)
+    exact = generator(noise, known)
+    with autocast(torch.device("cpu"), "bf16"):
+        image = generator(noise, known)
+    assert image.dtype == torch.float32 and len(image.unique()) > 0.9 * image.numel()
+    torch.testing.assert_close(image, exact, atol=0.02, rtol=0)
 
 
 def test_covariates_matter_unless_it_is_the_papers_way() -> None:
@@ -118,6 +131,16 @@ def test_every_network_learns(tiny_cohort: Path, tmp_path: Path) -> None:
         assert changed, network
 
 
+def test_a_seed_is_a_setting_and_recorded_where_it_always_was(tiny_cohort: Path, tmp_path: Path) -> None:
+    config = with_settings(CONFIGS["lsgan"], ["seed=3", "steps=1"])
+    train_gan(config, tiny_cohort, tmp_path / "run", precision="fp32")
+    there = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert there["seed"] == 3 and "seed" not in there["config"]
+    assert read_description(tmp_path / "run").training["seed"] == 3
+    with pytest.raises(UsageError, match="seed: 3 there, 0 now"):
+        train_gan(replace(config, seed=0), tiny_cohort, tmp_path / "run", precision="fp32")
+
+
 def test_another_runs_folder_is_refused(run: Path, tiny_cohort: Path) -> None:
     config = replace(CONFIGS[run.name], learning_rate=1.0)  # type: ignore[index]
     with pytest.raises(UsageError, match="another run"):
@@ -174,6 +197,25 @@ def test_the_model_generates_a_dataset_and_says_what_made_it(run: Path, tmp_path
     one.unlink()
     assert generate(ready.load(), tmp_path / "made", rows, ready.settings).made == 1
     assert one.read_bytes() == first[one.name]
+
+
+def test_what_is_asked_reaches_it_as_its_description_says(run: Path) -> None:
+    model = load_model(run)
+    person = [make_plan({}, n=1, seed=0, ranges=model.ranges, joint=model.joint)[0].covariates]
+    covariates = model.description.covariates
+    told: list[np.ndarray] = []
+
+    def generator(noise: torch.Tensor, condition_BF: torch.Tensor) -> torch.Tensor:
+        told.append(condition_BF.numpy())
+        return torch.zeros(1, 1, *model.grid.shape_XYZ)
+
+    generator.first = model.generator.first  # type: ignore[attr-defined]
+    for scaling in ("min_max", "equalised"):
+        changed = covariates.model_copy(update={"scaling": scaling})
+        description = model.description.model_copy(update={"covariates": changed})
+        replace(model, description=description, generator=generator).sample(person, [lambda _, shape: np.zeros(shape)])  # type: ignore[arg-type]
+        np.testing.assert_array_equal(told[-1], changed.conditions(person))
+    assert not np.array_equal(*told)
 
 
 def test_samplers_and_diffusions_commands_are_refused(run: Path, tmp_path: Path) -> None:

@@ -336,6 +336,15 @@ def test_unsound_brains_are_drawn_again_and_counted(
     assert len(read_table(tmp_path / "out" / "participants.tsv")) == 4
 
 
+def test_a_brain_drawn_again_twice_is_one_brain(
+    model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, brightness = LatentDiffusion.sample, iter((0.0, 0.0, 1.0))
+    monkeypatch.setattr(LatentDiffusion, "sample", lambda *a, **options: honest(*a, **options) * next(brightness))
+    summary = generate(model, tmp_path / "out", plan_of(model, 1), FAST)
+    assert (summary.made, summary.redrawn) == (1, 1)
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [

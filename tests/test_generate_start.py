@@ -17,6 +17,7 @@ from brainldm.base.covariates import PAPER_RANGES, Covariates
 from brainldm.base.errors import BadInput, EnvironmentProblem, UsageError
 from brainldm.base.nifti import read_nifti
 from brainldm.base.volume import GRIDS
+from brainldm.diffusion.solvers import SAMPLERS
 from brainldm.generate.dataset import as_bundle, bundle_grid, image_name
 from brainldm.generate.plan import PlanRow, check_ranges, make_plan
 from brainldm.generate.run import GenerateSettings, generate, row_noise
@@ -32,7 +33,9 @@ from brainldm.model.description import (
 from brainldm.model.folder import load_model, read_description
 from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.model.memory import MemoryPlan, _free_in_groups, _held_and_free, gigabytes, plan_memory
+from brainldm.model.precision import choose_device
 from brainldm.nets.autoencoder import AutoencoderConfig
+from brainldm.nets.blocks import is_forgotten
 from brainldm.nets.packed import packing_works
 from brainldm.nets.unet import UNetConfig
 from brainldm.recipes.figures import figure_2, figure_4, make_figure
@@ -145,6 +148,14 @@ def test_what_is_told_before_the_first_brain(tiny_run: Path, monkeypatch: pytest
             start(tiny_run / "model", rows, replace(GenerateSettings(), **wrong))  # type: ignore[arg-type]
 
 
+def test_a_gpu_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(UsageError, match="cuda:9 was asked for and this machine has 2 CUDA devices"):
+        choose_device("cuda:9")
+
+
 # ---- precision and residency do not change a brain
 
 
@@ -166,7 +177,11 @@ def test_giving_up_the_unet_between_batches_changes_nothing(tiny_run: Path) -> N
     for _ in range(2):
         found = lean.sample(people, noise, steps=3)
         np.testing.assert_allclose(found, expected, atol=1e-5 * float(np.abs(expected).max()))
-    assert next(lean.unet.parameters()).device.type == "meta"
+    assert is_forgotten(lean.unet)
+    latents = lean.sample_latents(people, noise, SAMPLERS["ddim"], 3)
+    assert not is_forgotten(lean.unet)
+    lean.decode(latents)  # as the table of samplers does
+    assert is_forgotten(lean.unet)
 
 
 # ---- where a brain lies, and in which form
@@ -236,7 +251,6 @@ def test_the_table_of_samplers(tiny_run: Path, tmp_path: Path, monkeypatch: pyte
     assert by["ddim", 50].rmse < by["ddim", 10].rmse
     assert by["unipc", 40].rmse < by["unipc", 10].rmse
     assert all(row.rmse_low <= row.rmse <= row.rmse_high for row in table.rows)
-    assert table.fewest_calls_as_near_as("ddim", 10).network_calls == 10
     stored = json.loads((tmp_path / "samplers.json").read_text())
     assert stored["n"] == 3 and stored["seed"] == 0 and len(stored["rows"]) == 4
     assert (tmp_path / "samplers.png").exists()

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,10 +21,11 @@ from brainldm.cohort.phantom import PhantomConfig, write_phantom_study
 from brainldm.evaluate.estimate import Estimate
 from brainldm.model.folder import read_description
 from brainldm.recipes import card_figures, reconstruction
+from brainldm.recipes.card_facts import commands
 from brainldm.recipes.card_figures import _without_sign, is_monotone
 from brainldm.recipes.card_text import card_text
 from brainldm.recipes.model_card import make_card
-from brainldm.recipes.reconstruction import Painting, PhantomStudy, compared, painted, psnr_db
+from brainldm.recipes.reconstruction import Painting, PhantomStudy, likeness, painted, psnr_db
 from brainldm.train.predictor_run import train_predictor
 from test_table1 import Darkness
 
@@ -101,6 +103,9 @@ def test_the_card_holds_every_figure_and_is_gone_on_with(
     begun = {**results["training"], "started_from": {"name": "another", "id": "0123"}}
     assert "The model began as another (0123); whom that" in card_text({**results, "training": begun})
     told = card_text({**results, "model": {**results["model"], "response": response}})
+    few = {**results["extrapolation"], "value": 1.0, "interval_95": [0.57, 1.0], "marked": True}
+    lines = card_text({**results, "extrapolation": few}).splitlines()
+    assert "| uncertain |" in next(line for line in lines if line.startswith("| Figure 4"))
     assert "| calibration |" not in card
     assert "| calibration | on 50 brains of its own (seed 1, one), which showed ventricles with a slope of 0.91" in told
     assert [line for line in told.splitlines() if "| calibration |" not in line] == card.splitlines()
@@ -182,10 +187,27 @@ def test_painting_again_gives_the_image_of_the_study_and_the_truth_behind_it(tmp
     assert 25 < psnr_db(image, truth) < 80
 
 
+def test_the_commands_train_with_the_seeds_that_were(tiny_cohort: Path) -> None:
+    training = {"recipe": "quick", "seed": 5, "settings": ["seed=5", "diffusion.batch=2"], "diffusion": {}}
+    description = SimpleNamespace(training=training, licence="", covariates=SimpleNamespace(response=None))
+    of_age, of_sex = (SimpleNamespace(training={"steps": 2, "seed": seed}, averaging=1) for seed in (7, 0))
+    parts = SimpleNamespace(
+        study=SimpleNamespace(index_of={}, grid=GRIDS["4mm"], seed=1),
+        loaded=SimpleNamespace(description=description),
+        predictors={"age": of_age, "sex": of_sex},
+    )
+    told = [line for line in commands(parts, tiny_cohort, 4, 2, 4, 0) if line.startswith("brainldm train")]  # type: ignore[arg-type]
+    assert told == [
+        "brainldm train quick --data COHORT --out RUN --stage diffusion --set diffusion.batch=2 --set seed=5",
+        "brainldm train age --data COHORT --out AGE --steps 2 --set seed=7",
+        "brainldm train sex --data COHORT --out SEX --steps 2",
+    ]
+
+
 def test_figures_of_likeness_have_their_closed_forms() -> None:
     truth = np.random.default_rng(0).random((16, 16, 16), dtype=np.float32)
     assert psnr_db(truth + 0.1, truth) == pytest.approx(20.0, abs=1e-4)
-    same = compared(truth, truth)
+    same = likeness(truth, truth)
     assert same["ssim"] == pytest.approx(1.0, abs=1e-5) and same["psnr_db"] == 120
     assert is_monotone([1.5, 1.9, -0.5], [7.0, 9.0, 2.0])
     assert not is_monotone([1.5, 1.9, -0.5], [9.0, 9.0, 2.0])

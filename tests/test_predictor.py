@@ -16,6 +16,7 @@ import torch
 from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.nifti import read_nifti
 from brainldm.base.volume import Volume
+from brainldm.cli import app
 from brainldm.cohort.dataset import PreparedCohort, VolumeDataset
 from brainldm.cohort.predictor import Predictor, read_predictor
 from brainldm.evaluate.estimate import area_under_curve
@@ -87,6 +88,16 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(tiny_cohort: Path, tmp
     del there["precision"]  # as earlier versions wrote it
     path.write_text(json.dumps(there))
     assert train_predictor("age", tiny_cohort, tmp_path / "run", config=QUICK).weights_sha256 == age.weights_sha256
+
+
+def test_a_seed_is_a_setting(tiny_cohort: Path, tmp_path: Path) -> None:
+    command = ["train", "age", "--data", str(tiny_cohort), "--out", str(tmp_path / "run"), "--steps", "1"]
+    app([*command, "--set", "seed=3"], result_action="return_value")
+    assert read_predictor(tmp_path / "run").training["seed"] == 3
+    there = json.loads((tmp_path / "run/run.json").read_text())
+    assert there["seed"] == 3 and "seed" not in there["config"]  # as earlier versions wrote it
+    with pytest.raises(UsageError, match="seed: 3 there, 0 now"):
+        app(command, result_action="return_value")
 
 
 def test_the_folder_says_how_well_it_does_and_is_proven(age: Predictor, tiny_cohort: Path, tmp_path: Path) -> None:

@@ -15,11 +15,13 @@ from brainldm.base.files import read_json, write_json
 from brainldm.base.streams import stream
 from brainldm.base.tables import read_table
 from brainldm.cli import app
+from brainldm.cohort.dataset import PreparedCohort, VolumeDataset
 from brainldm.evaluate.diversity import ms_ssim, pyramid
 from brainldm.evaluate.diversity import scale_weights as scale_weights_of_the_judge
 from brainldm.nets.autoencoder import LatentDistribution
+from brainldm.train.autoencoder_stage import AutoencoderStage
 from brainldm.train.reconstruction import FIGURES, reconstruct_cohort, reconstruction_report, scale_weights
-from conftest import TINY_SHAPE_XYZ
+from conftest import TINY_SHAPE_XYZ, tiny_recipe
 
 
 class Shifts(torch.nn.Module):
@@ -120,6 +122,23 @@ def test_stage_1_leaves_its_report(tiny_run: Path) -> None:
     kept = read_json(tiny_run / "model" / "model.json")["training"]["autoencoder"]["validation"]
     assert kept["people"] == 1 and kept["psnr_db"] == report["figures"]["psnr_db"]["mean"]
     assert kept["interval_95"]["l1"] is None and "sub-" not in str(kept)
+
+
+def test_of_many_held_out_people_some_are_looked_at(
+    tiny_cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    people = VolumeDataset(PreparedCohort.open(tiny_cohort), "train")
+    stage = AutoencoderStage(
+        tiny_recipe().autoencoder, people, people, seed=0, device=torch.device("cpu"), precision="fp32"
+    )
+    everybody = stage.validate(tmp_path / "all")
+    monkeypatch.setattr("brainldm.train.autoencoder_stage._MOST_VALIDATED", 3)
+    some = stage.validate(tmp_path / "some")
+    assert [(found["people"], found["people_in_split"]) for found in (everybody, some)] == [(8, 8), (3, 8)]
+    all_rows, rows = (read_json(tmp_path / name / "reconstruction.json")["rows"] for name in ("all", "some"))
+    assert [row["participant_id"] for row in rows] == ["sub-00", "sub-03", "sub-07"]
+    assert rows == [all_rows[0], all_rows[3], all_rows[7]]
+    assert read_json(tmp_path / "some" / "reconstruction.json")["people_in_split"] == 8
 
 
 def test_the_command_writes_a_report(

@@ -107,3 +107,24 @@ def test_what_is_asked_is_checked_before_anything_is_trained(
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="trained with another minutes and seed"):
         make_table1(tiny_cohort, made, models={"ldm": tiny_run}, minutes=3, seed=1)
+
+
+def test_a_slip_does_not_spoil_the_folder(tiny_cohort: Path, tmp_path: Path) -> None:
+    for wrong in ({"minutes": 0.0}, {"minutes": float("inf")}, {"recipe": "none"}):
+        with pytest.raises(UsageError):
+            make_table1(tiny_cohort, tmp_path / "out", n=4, **wrong)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="over or in"):
+        make_table1(tiny_cohort, tiny_cohort / "out", n=4)
+
+
+def test_models_that_may_have_seen_the_held_out_people_are_refused(
+    tiny_cohort: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    split_anew = Path(shutil.copytree(tiny_cohort, tmp_path / "split anew"))
+    prepared = json.loads((split_anew / "prepared.json").read_text())
+    prepared["config"]["seed"] = 77
+    (split_anew / "prepared.json").write_text(json.dumps(prepared))
+    with pytest.raises(UsageError, match="the ldm model was trained on a cohort split with"):
+        make_table1(split_anew, tmp_path / "out", models={"ldm": tiny_run}, n=4)
+    assert not (tmp_path / "out").exists()

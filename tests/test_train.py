@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -347,6 +348,25 @@ def test_held_out_people_are_looked_at_once(
     monkeypatch.setattr("brainldm.train.autoencoder_stage.reconstruction_report", None)
     train(tiny_recipe(), tiny_cohort, run)
     assert json.loads(summary.read_text())["validation"] == before
+
+
+def test_stage_2_decodes_no_image_whole(
+    tiny_run: Path, tiny_cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole decode at 1 mm takes more memory than its training: neither previews nor the volume reader's images."""
+
+    def reads_none(*args: Any, **named: Any) -> tuple[None, dict[str, Any]]:
+        _, _, _, decoded_XYZ, *_ = args
+        shapes.append(decoded_XYZ(0).shape)
+        return None, {"people": 1, "explained": {}}
+
+    shapes: list[tuple[int, ...]] = []
+    monkeypatch.setattr("brainldm.train.run.find_volume_reader", reads_none)
+    monkeypatch.setattr("brainldm.nets.autoencoder.Autoencoder.decode", None)
+    recipe = tiny_recipe()
+    recipe = replace(recipe, diffusion=replace(recipe.diffusion, volume_reader=True))
+    train(recipe, tiny_cohort, tmp_path, stage="diffusion", steps=1, start_from=tiny_run)
+    assert shapes == [(16, 24, 16)] and list(tmp_path.glob("diffusion/previews/*.png"))
 
 
 def test_sigterm_between_the_steps_ends_the_run_and_keeps_what_is_finished(

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -264,6 +265,31 @@ cli.main()
     assert ended.returncode == 0, ended.stderr[-3000:]
     for file in ("model/unet.safetensors", "diffusion/log.jsonl"):
         assert sha256_of(small_disk / "run" / file) == sha256_of(tiny_run / file)
+
+
+# ---- A time limit ---------------------------------------------------------------------------------------------------
+
+
+def test_a_time_limit_that_a_preview_reached_stays_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint was written before, and knows of less than the limit. A longer limit is gone on to."""
+    now = 0.0
+
+    class SlowToShow(Sum):
+        def step(self, step: int) -> dict[str, float]:
+            nonlocal now
+            now += 59.0
+            return super().step(step)
+
+        def preview(self, path: Path) -> None:
+            nonlocal now
+            now += 5.0
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now))
+    assert run_stage(SlowToShow(), tmp_path, minutes=1)["seconds"] == 64
+    saved = load_newest(tmp_path / "checkpoints", warn=pytest.fail)
+    assert saved is not None and (saved.step, saved.seconds) == (1, 59)
+    assert run_stage(SlowToShow(), tmp_path, minutes=1)["steps"] == 1
+    assert run_stage(SlowToShow(), tmp_path, minutes=1.5)["steps"] == 2
 
 
 # ---- Which checkpoints are kept -------------------------------------------------------------------------------------

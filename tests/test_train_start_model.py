@@ -10,11 +10,13 @@ import pytest
 
 from brainldm.base.describe import describe
 from brainldm.base.errors import BadInput, UsageError
-from brainldm.base.files import read_json, sha256_of
+from brainldm.base.files import read_json, sha256_of, write_json
 from brainldm.base.volume import Grid
 from brainldm.model.folder import load_latent_diffusion
 from brainldm.train.checkpoint import load_newest
 from brainldm.train.run import train
+from brainldm.train.settings import with_settings
+from brainldm.train.start_model import start_model
 from conftest import TINY_ATLASES, tiny_recipe, write_tiny_cohort
 
 
@@ -88,3 +90,29 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     with pytest.raises(BadInput, match="SHA-256"):
         train(recipe, tiny_cohort, out, start_from=tmp_path / "broken")
     assert not (out / "run.json").exists()
+
+
+def test_a_model_that_reads_latents_otherwise_is_refused_and_mirrored_images_are_said(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the published model does: images from right to left, and latents as they are."""
+    recipe, model = tiny_recipe(), Path(shutil.copytree(tiny_run / "model", tmp_path / "model"))
+    unscaled = replace(recipe, diffusion=replace(recipe.diffusion, latent_scale=1.0))
+    described = read_json(model / "model.json")
+    grid = load_latent_diffusion(model).grid
+    measured = described["latent"]["scale"]
+    with pytest.raises(UsageError, match="takes 1: it would be shown other latents") as refused:
+        start_model(model, unscaled, grid)
+    as_told = with_settings(recipe, [refused.value.remedy.removeprefix("Add --set ").removesuffix(".")])
+    assert start_model(model, as_told, grid).description.latent.scale == measured
+    described["latent"]["scale"] = 1.0
+    write_json(model / "model.json", described)
+    with pytest.raises(UsageError, match="measures its own") as refused:
+        start_model(model, recipe, grid)
+    assert refused.value.remedy == "Add --set diffusion.latent_scale=1."
+    assert start_model(model, unscaled, grid).description.latent.scale == 1
+    described["grid"]["network_x"] = "right_to_left"
+    write_json(model / "model.json", described)
+    assert "right to left" not in capsys.readouterr().err
+    start_model(model, unscaled, grid)
+    assert "right to left" in capsys.readouterr().err

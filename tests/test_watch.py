@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +218,20 @@ def test_info_tells_how_far_a_run_is(tiny_run: Path, tmp_path: Path) -> None:
     assert stage["validation"]["people"] == 1
     assert facts["stage autoencoder"].startswith("6 of 6 steps; loss ")
     assert "newest checkpoint: step 6" in facts["stage diffusion"]
+
+
+def test_a_stage_that_is_left_out_keeps_its_planned_steps(
+    tiny_cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny_recipe()
+    falling = replace(recipe, autoencoder=replace(recipe.autoencoder, cosine_decay=True))
+    train(falling, tiny_cohort, tmp_path, stage="autoencoder", steps=1)
+    train(falling, tiny_cohort, tmp_path, stage="diffusion", steps=2)
+    recorded = read_json(tmp_path / "run.json")["recipe"]
+    assert (recorded["autoencoder"]["steps"], recorded["diffusion"]["steps"]) == (1, 2)
+    assert describe(tmp_path)["stage autoencoder"].startswith("1 of 1 steps")
+    train(falling, tiny_cohort, tmp_path, stage="autoencoder", steps=2)
+    assert "learning rate was falling over 1 steps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("marker", _TELLERS)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from brainldm import report
 from brainldm.base import shipped
 from brainldm.base.errors import BadInput
+from brainldm.base.files import read_json
 from brainldm.base.tables import read_table
-from brainldm.cohort import phantom
+from brainldm.cohort import phantom, prepare
 from brainldm.evaluate import scorecard
 from brainldm.model.package import package_model
-from brainldm.recipes.whole_way import run_demo
+from brainldm.model.precision import choose_device, choose_precision
+from brainldm.recipes.whole_way import run_demo, run_demo_training
+from brainldm.train import run as training
 from test_cli import run
 from test_table1 import Darkness
 
@@ -41,6 +46,21 @@ def test_the_demo_uses_the_shipped_model(
     # None of the people compared with is one that a model was trained on: a training's seed is a small number.
     assert asked["n"] == 10 and asked["seed"] == 7_000_001
     assert "Done in" in said[-1] and "brainldm generate demo OUT" in said[-1]
+
+
+def test_the_demo_that_trains_generates_as_every_machine_does_best(
+    tiny_run: Path, tiny_cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(phantom, "write_phantom_study", lambda *_, **__: None)
+    monkeypatch.setattr(prepare, "prepare_study", lambda *_, **__: None)
+    monkeypatch.setattr(training, "train", lambda recipe, cohort, out, **__: shutil.copytree(tiny_run, out))
+    monkeypatch.setattr(scorecard, "evaluate_dataset", lambda *_, **__: SimpleNamespace(as_text=lambda: ""))
+    monkeypatch.setattr(report, "write_report", lambda folder: folder / "index.html")
+    said: list[str] = []
+    run_demo_training(tmp_path / "out", say=said.append)
+    assert any("16 brains" in line and "steps each, on" in line for line in said)
+    made = read_json(tmp_path / "out" / "brains" / "generation.json")
+    assert made["precision"] == choose_precision("auto", choose_device())
 
 
 def test_without_a_shipped_model_the_demo_names_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

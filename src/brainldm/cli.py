@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
+import math
 import os
 import shlex
 import sys
@@ -232,6 +234,7 @@ def train(
 ) -> None:
     """A cohort becomes a model. RECIPE is quick, demo, small, fast or paper; lsgan or vaegan trains a baseline, age or
     sex the judge's predictor."""
+    _check_apart(out, data)
     given, changes = perceptual or perceptual_weights, tuple(settings or ())
     _check_flags_of(
         recipe,
@@ -432,6 +435,7 @@ def reconstruct(
     """What MODEL's autoencoder loses of COHORT's people: L1, PSNR, SSIM and MS-SSIM, a table and a picture in OUT."""
     from brainldm.train.reconstruction import reconstruct_cohort
 
+    _check_apart(out, cohort)
     with _progress() as progress:
         report = reconstruct_cohort(
             model, cohort, out, split=split, most=most, seed=seed, device=device, precision=precision, progress=progress
@@ -643,6 +647,7 @@ def table1(
     """Table 1 and Figures 1 to 4 of Pinaya et al. 2022: LSGAN, VAE-GAN and latent diffusion by one judge."""
     from brainldm.recipes.table1 import as_markdown, make_table1
 
+    _check_apart(out, cohort)
     with _progress() as progress:
         table = make_table1(
             cohort,
@@ -720,6 +725,7 @@ def card(
     """
     from brainldm.recipes.model_card import make_card
 
+    _check_apart(out, cohort, phantoms)
     with _progress() as progress:
         results = make_card(
             model,
@@ -806,8 +812,11 @@ def export_package(
     ] = 25.0,
 ) -> None:
     """A model becomes one to ship: weights in float16, at most 25 MB. It is used as any other model folder."""
+    from brainldm.base.errors import UsageError
     from brainldm.model.package import package_model
 
+    if not 0 < most_megabytes < math.inf:
+        raise UsageError(f"--max-megabytes is {most_megabytes:g}.", remedy="Write a number above 0, such as 25.")
     packed = package_model(model, out, licence=licence, most_bytes=round(most_megabytes * 1e6))
     _say(
         f"{out} takes {packed.bytes / 1e6:.1f} MB; rounding changed no weight by more than {packed.rounding:.2g} "
@@ -985,9 +994,9 @@ def morphometry(
 
     found = compare_tables(synth, real, out, head=head, seed=seed)
     distances = {
-        "Wasserstein distance": found.halves.across,
-        "two halves of the real": found.halves.real,
-        "beyond chance": found.halves.beyond,
+        "Wasserstein distance": found.parts.across,
+        "two parts of the real": found.parts.real,
+        "beyond chance": found.parts.beyond,
     }
     for name, estimate in distances.items():
         value = f"none ({estimate.reason})" if estimate.value is None else f"{estimate.value:.3f}"
@@ -1021,6 +1030,12 @@ def doctor(*, json_: Annotated[bool, Parameter(name="--json", negative="")] = Fa
     _show(findings, as_json=json_)
     if findings["problems"]:
         raise EnvironmentProblem("; ".join(findings["problems"]))
+
+
+def _check_apart(out: Path, *inputs: Path) -> None:
+    from brainldm.base.files import check_output_apart
+
+    check_output_apart(out, *inputs)
 
 
 def _show(content: dict, *, as_json: bool) -> None:
@@ -1062,6 +1077,8 @@ def main() -> None:
     interrupted, 143 asked to end."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does: a file's name may hold what no text can
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(_run(arguments, debug=debug))
 
 

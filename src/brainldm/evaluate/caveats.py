@@ -48,6 +48,7 @@ def caveats(made: ImageFolder, people: ImageFolder | None, found: Findings) -> t
             )
         elif found.sampled < len(people.images):
             said.append(f"{found.sampled} of {len(people.images)} real images, drawn at random, stand for all of them.")
+        said += _of_predictors(people, found)
         trained = sum(look.image.split == "train" for look in found.real.images)
         if trained and people.held_out:
             said.append(
@@ -107,6 +108,23 @@ def _of_copies(
         yield (
             f"{copies.held_out or 'No'} {'person was' if copies.held_out == 1 else 'people were'} held out: in the "
             "search for copies, distances between training people stand for those of unseen people."
+        )
+
+
+def _of_predictors(people: ImageFolder, found: Findings) -> Iterator[str]:
+    """Where a predictor's own figure on real people may be of people it has learnt from."""
+    split_by = {name: value for name, value in _config(people).items() if name in ("holdout", "seed")}
+    for covariate, predictor in found.predictors.items():
+        learnt_by = getattr(predictor, "training", {}).get("split_by")
+        if not people.held_out:
+            why = "the real folder does not say who was held out"
+        elif learnt_by and learnt_by != split_by:
+            why = "it was trained on a cohort whose people were held out otherwise"
+        else:
+            continue
+        yield (
+            f"The predictor of {covariate.removesuffix('_years')} may have learnt from the real people here ({why}): "
+            "its own figure on them is then too good to compare with."
         )
 
 

@@ -2,8 +2,8 @@
 
 Both distances here are between means of the two sets; they are cheap and mean what they say, and neither tells whether
 a single image is a good one. A distance between two finite sets is never 0, so each is shown beside what sets of these
-sizes show by chance when their means are equal: each set's mean is taken from its images, and the rest is divided
-between two sets at random, again and again.
+sizes show by chance when their means are equal: each set's mean is taken from its images, and each is drawn anew from
+its own, with replacement, again and again, so that each keeps the spread that it has.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from brainldm.base.streams import stream
 from brainldm.evaluate.estimate import CONFIDENCE, Estimate
 from brainldm.evaluate.examine import Sketch
 
-DIVISIONS = 400
+RESAMPLINGS = 400
 
 
 @dataclass(frozen=True)
 class Distance:
-    """`observed` between synthetic and real images; `by_chance` its mean over random divisions of images without a
+    """`observed` between synthetic and real images; `by_chance` its mean over resamplings of images without a
     difference, with the range that holds 95 % of them."""
 
     observed: Estimate
@@ -70,22 +70,21 @@ def _distance(
     if few < 2:
         none = Estimate.none(f"a distance between sets needs at least 2 images on each side, one has {few}", few)
         return Distance(none, none)
-    everyone = np.stack([*synthetic, *real]).astype(np.float64)
-    first = len(synthetic)
-    observed = float(between(everyone[:first].mean(axis=0), everyone[first:].mean(axis=0)))
-    generator = stream(seed, f"evaluate/divisions/{purpose}")
-    # Without this, a real difference between the sets would widen what is called chance.
-    everyone[:first] -= everyone[:first].mean(axis=0)
-    everyone[first:] -= everyone[first:].mean(axis=0)
-    # One row a division, 1 for the members of the first set; the product makes all mean images at once.
-    members = np.zeros((DIVISIONS, len(everyone)))
-    for row in members:
-        row[generator.permutation(len(everyone))[:first]] = 1
-    one = members @ everyone / first
-    other = (1 - members) @ everyone / (len(everyone) - first)
+    sides = [np.stack(side).astype(np.float64) for side in (synthetic, real)]
+    observed = float(between(*(rows.mean(axis=0) for rows in sides)))
+    generator = stream(seed, f"evaluate/resampling/{purpose}")
+    one, other = (_resampled_means(rows, generator) for rows in sides)
     chance = between(one, other)
     low, high = np.quantile(chance, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
     return Distance(
         Estimate(observed, n=len(synthetic), reason="compare with what chance gives"),
-        Estimate(float(chance.mean()), low, high, len(real), f"{DIVISIONS} random divisions"),
+        Estimate(float(chance.mean()), low, high, len(real), f"{RESAMPLINGS} resamplings of either set"),
     )
+
+
+def _resampled_means(rows_NF: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """(RESAMPLINGS, F): means of as many rows as there are, drawn with replacement, less the mean of all."""
+    n = len(rows_NF)
+    weights = generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLINGS) / n
+    # A sample spreads less about its own mean than about its population's.
+    return (weights @ (rows_NF - rows_NF.mean(axis=0))) * np.sqrt(n / (n - 1))

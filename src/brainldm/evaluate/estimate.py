@@ -54,6 +54,8 @@ def _paired(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndar
     first, second = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if first.shape != second.shape or first.ndim != 1:
         raise ValueError(f"two equally long lists are needed, not shapes {first.shape} and {second.shape}")
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise ValueError("a value is not finite: leave out what was not measured")
     return first, second
 
 
@@ -62,7 +64,9 @@ def _is_constant(values: np.ndarray) -> bool:
 
 
 def pearson_r(x: Sequence[float], y: Sequence[float]) -> Estimate:
-    """Higher is better, 1 is perfect: Pearson's correlation with Fisher's interval, tanh(artanh r +- 1.96/sqrt(n - 3)).
+    """Higher is better, 1 is perfect: Pearson's correlation with the wider of two intervals of artanh r: Fisher's,
+    +- 1.96 / sqrt(n - 3), which is right for normal values, and the jackknife's, which is for skewed ones (volumes of
+    ventricles are: Fisher's holds 90 % of the time there).
 
     From three points on; the interval from four on.
     """
@@ -78,7 +82,13 @@ def pearson_r(x: Sequence[float], y: Sequence[float]) -> Estimate:
     # At |r| = 1 the transform is infinite; one rounding step below keeps the interval finite and as narrow.
     z = math.atanh(min(max(r, -1 + 1e-15), 1 - 1e-15))
     half = float(stats.norm.ppf(0.5 + CONFIDENCE / 2)) / math.sqrt(n - 3)
-    return Estimate(r, math.tanh(z - half), math.tanh(z + half), n, "Fisher z")
+    x_without, y_without, xy_without = (
+        _products_without(*pair) for pair in ((first,) * 2, (second,) * 2, (first, second))
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        r_without = np.clip(xy_without / np.sqrt(x_without * y_without), -1 + 1e-15, 1 - 1e-15)
+    half = max(half, _jackknife_half(np.arctanh(r_without)))
+    return Estimate(r, math.tanh(z - half), math.tanh(z + half), n, "Fisher z or jackknife, the wider")
 
 
 def straight_line(x: Sequence[float], y: Sequence[float]) -> Line:
@@ -123,7 +133,8 @@ def mean(values: Sequence[float], *, at_least: float | None = None) -> Estimate:
 
 
 def standard_deviation(values: Sequence[float]) -> Estimate:
-    """The standard deviation (n - 1) with the chi-square interval of normally distributed values."""
+    """The standard deviation (n - 1) with what covers two intervals: the chi-square one of normally distributed values,
+    and the jackknife's of its logarithm, which is for skewed ones."""
     data = np.asarray(values, dtype=np.float64)
     n = len(data)
     if n < 2:
@@ -135,7 +146,25 @@ def standard_deviation(values: Sequence[float]) -> Estimate:
         return Estimate(0.0, n=n, reason="every image has the same value")
     tail = (1 - CONFIDENCE) / 2
     low, high = (sd * math.sqrt((n - 1) / float(stats.chi2.ppf(p, n - 1))) for p in (1 - tail, tail))
-    return Estimate(sd, low, high, n, "chi-square")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factor = math.exp(_jackknife_half(np.log(_products_without(data, data)) / 2))
+    return Estimate(sd, min(low, sd / factor), max(high, sd * factor), n, "chi-square or jackknife, the wider")
+
+
+def _products_without(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """(n,): the sum of products of deviations from the means of all values but one, for each one left out."""
+    n, products = len(first), (first - first.mean()) * (second - second.mean())
+    return products.sum() - n / (n - 1) * products
+
+
+def _jackknife_half(without_N: np.ndarray) -> float:
+    """Half of the t interval by the jackknife, from the figure without each image; 0 where one is not finite (all but
+    one image alike)."""
+    n = len(without_N)
+    if not np.isfinite(without_N).all():
+        return 0.0
+    standard_error = math.sqrt((n - 1) / n * float(((without_N - without_N.mean()) ** 2).sum()))
+    return float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * standard_error
 
 
 def difference_of_means(first: Sequence[float], second: Sequence[float]) -> Estimate:

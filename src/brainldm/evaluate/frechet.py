@@ -1,6 +1,6 @@
 """Is the set like the real one, in a feature space? The Frechet distance (FID) and its unbiased companion (KID).
 
-The Frechet distance stands beside the same distance between halves of the real set (halves.py).
+The Frechet distance stands beside the same distance between two parts of the real set (parts.py).
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from scipy import linalg, stats
 
 from brainldm.base.streams import stream
 from brainldm.evaluate.estimate import CONFIDENCE, Estimate
-from brainldm.evaluate.halves import DRAWS, FEWEST, Halves, in_halves, over_halves, two_halves
+from brainldm.evaluate.parts import DRAWS, FEWEST, Parts, in_parts, over_draws, two_parts
 
-MAX_HALF = 1000  # images of a half: what the field uses
+MAX_PART = 1000  # images of a part: what the field uses
 MAX_KERNEL = 2000  # images of a side in the kernel distance, whose work grows with the square
 
 
 @dataclass(frozen=True)
 class SetDistance:
-    """`all` of synthetic to real with every image, `halves` from sets of one size. `kernel` is the unbiased kernel
-    distance and `kernel_real` the same between halves of the real set."""
+    """`all` of synthetic to real with every image, `parts` from sets of one size. `kernel` is the unbiased kernel
+    distance and `kernel_real` the same between two parts of the real set."""
 
     all: Estimate
-    halves: Halves
+    parts: Parts
     kernel: Estimate
     kernel_real: Estimate
 
@@ -93,7 +93,7 @@ def set_distance(synthetic_MF: np.ndarray, real_NF: np.ndarray, seed: int) -> Se
     if min(m, n) < FEWEST:
         reason = f"a distance between sets needs at least {FEWEST} images on each side, one has {min(m, n)}"
         none = Estimate.none(reason, min(m, n))
-        return SetDistance(none, Halves.none(reason, min(m, n)), none, none)
+        return SetDistance(none, Parts.none(reason, min(m, n)), none, none)
     generator = stream(seed, "evaluate/frechet")
     features = real_NF.shape[1]
     note = (
@@ -106,9 +106,9 @@ def set_distance(synthetic_MF: np.ndarray, real_NF: np.ndarray, seed: int) -> Se
     kernel = kernel_distance(
         *(side[generator.choice(len(side), k, replace=False)] for side, k in zip((synthetic_MF, real_NF), few))
     )
-    halves = in_halves(synthetic_MF, real_NF, frechet_distance, generator, most=MAX_HALF)
-    if halves.real.value is None:
-        return SetDistance(everything, halves, kernel, halves.real)
-    size = halves.real.n
-    own = [kernel_distance(*two_halves(real_NF, size, generator)).value for _ in range(DRAWS)]
-    return SetDistance(everything, halves, kernel, over_halves(np.array(own), size))
+    parts = in_parts(synthetic_MF, real_NF, frechet_distance, generator, most=MAX_PART)
+    if parts.real.value is None:
+        return SetDistance(everything, parts, kernel, parts.real)
+    size = parts.real.n
+    own = [kernel_distance(*two_parts(real_NF, size, generator)).value for _ in range(DRAWS)]
+    return SetDistance(everything, parts, kernel, over_draws(np.array(own), size))

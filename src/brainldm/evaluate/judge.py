@@ -26,7 +26,7 @@ from brainldm.evaluate.gate import gate, write_gate
 from brainldm.evaluate.grids import JudgingGrid, judging_grid
 from brainldm.evaluate.images import Failure, ImageFolder, JudgedImage
 from brainldm.evaluate.measuring import Instrument, Measurements, measure, measured_in_table, write_measured
-from brainldm.evaluate.memorisation import MIN_HELD_OUT, Memorisation, memorisation, voxel_features
+from brainldm.evaluate.memorisation import MIN_HELD_OUT, Memorisation, memorisation, voxel_features, write_suspects
 from brainldm.evaluate.morphometry import morphometry, write_regions
 from brainldm.evaluate.pictures import draw_pictures, white_point
 from brainldm.evaluate.rows import (
@@ -43,6 +43,18 @@ from brainldm.evaluate.rows import (
     volume_rows,
 )
 
+# What an evaluation writes of all images together, beside tables of what was measured in each.
+OF_THE_WHOLE = (
+    "scorecard.json",
+    "scorecard.tsv",
+    "scorecard.md",
+    "index.html",
+    "failures.tsv",
+    "learning_curves.json",
+    "gate.tsv",
+    "regions.tsv",
+    "suspects.tsv",
+)
 # Comparisons that hold many images at once take at most so many of a side, drawn at random.
 MAX_SKETCHED = 1000
 
@@ -63,6 +75,7 @@ class Findings:
     instrument: str
     hard_to_measure: Mapping[str, int] = field(default_factory=dict)
     held_out_only: bool = False
+    predictors: Mapping[str, Instrument] = field(default_factory=dict)
 
 
 @dataclass
@@ -109,9 +122,13 @@ class Judge:
         if self.people is not None:
             real = self.examined(self.people, sample, "real", grid)
 
+        # From here on the results of an evaluation before this one go: there is something to put in their place
+        for name in OF_THE_WHOLE:
+            (self.out / name).unlink(missing_ok=True)
+
         # What the instrument finds in them
-        measured = self.measured(synthetic, "synthetic")
-        measured_real = self.measured(real, "real")
+        measured = self.measured(synthetic, "synthetic", grid)
+        measured_real = self.measured(real, "real", grid)
         outside = self.outside_training()
         write_measured(self.out / "measured.tsv", synthetic.images, measured, known_as="asked", outside=outside)
         write_measured(self.out / "measured_reference.tsv", real.images, measured_real, known_as="recorded")
@@ -119,7 +136,10 @@ class Judge:
         # The judgements
         found = dict.fromkeys(VOLUMES, (measured, measured_real))
         for name, predictor in self.predictors.items():
-            found[name] = self.predicted(synthetic, "synthetic", predictor), self.predicted(real, "real", predictor)
+            found[name] = (
+                self.predicted(synthetic, "synthetic", predictor, grid),
+                self.predicted(real, "real", predictor, grid),
+            )
         rows = self.conditioning(synthetic, real, found, outside)
         rows += self.in_pairs(synthetic, real, grid)
         rows += self.distribution(synthetic, real, measured, measured_real)
@@ -154,6 +174,7 @@ class Judge:
             measured.instrument,
             {"synthetic": measured.poor(synthetic.images), "real": measured_real.poor(real.images)},
             self.held_out_only,
+            self.predictors,
         )
 
     # ---- looking ----------------------------------------------------------------------------------------------------
@@ -190,26 +211,29 @@ class Judge:
             )
         return found
 
-    def measured(self, found: Examination, side: str) -> Measurements:
+    def measured(self, found: Examination, side: str, grid: JudgingGrid) -> Measurements:
         if side in self.tables:
             measured = measured_in_table(found.images, side, self.tables[side])
         else:
-            measured = self.asked_of(self.instrument, found.images, side)
+            measured = self.asked_of(self.instrument, found.images, side, grid)
         self.failures += measured.failures
         return measured
 
-    def predicted(self, found: Examination, side: str, predictor: Instrument) -> Measurements:
+    def predicted(self, found: Examination, side: str, predictor: Instrument, grid: JudgingGrid) -> Measurements:
         """What a predictor says of the images; of real people only of those held out, since it has learnt the rest."""
         unseen = [look for look in found.images if side == "synthetic" or look.image.split != "train"]
-        return self.asked_of(predictor, unseen, side)
+        return self.asked_of(predictor, unseen, side, grid)
 
-    def asked_of(self, instrument: Instrument, images: Sequence[Examined], side: str) -> Measurements:
+    def asked_of(
+        self, instrument: Instrument, images: Sequence[Examined], side: str, grid: JudgingGrid
+    ) -> Measurements:
         with self.timed("measuring"):
             return measure(
                 images,
                 side,
                 instrument,
                 Manifest(self.cache / "measured.jsonl"),
+                grid=grid,
                 workers=self.workers,
                 progress=self.progress,
             )
@@ -369,6 +393,12 @@ class Judge:
                 for start in range(0, len(trained), MAX_SKETCHED)
             )
             found[space] = memorisation(both(made, "synthetic"), blocks, both(unseen, "held-out"), self.seed)
+        write_suspects(
+            self.out / "suspects.tsv",
+            {"voxels" if space is None else space.name: of_space.suspects for space, of_space in found.items()},
+            [look.image for look in made],
+            [look.image for look in trained],
+        )
         return found
 
     def looks(

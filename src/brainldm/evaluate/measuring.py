@@ -23,6 +23,7 @@ from brainldm.base.progress import Progress
 from brainldm.base.tables import write_table
 from brainldm.base.volume import Volume
 from brainldm.evaluate.examine import Examined
+from brainldm.evaluate.grids import JudgingGrid, on_grid
 from brainldm.evaluate.images import Failure, JudgedImage
 from brainldm.evaluate.pool import each
 
@@ -65,9 +66,10 @@ class Measurements:
         return sum(one is not None and one.quality.get("poor", 0) > 0 for one in found)
 
 
-def measure_one(image: JudgedImage, instrument: Instrument) -> Measurement:
-    """What the instrument finds in the file as it is (its own grid, its own intensities)."""
-    found = instrument(read_nifti(image.path))
+def measure_one(image: JudgedImage, instrument: Instrument, grid: JudgingGrid | None = None) -> Measurement:
+    """What the instrument finds in the file with its own intensities, on its own grid or brought to `grid`."""
+    volume = read_nifti(image.path)
+    found = instrument(volume if grid is None else Volume(on_grid(volume, grid), grid.affine))
     values = {
         field.name: float(value)
         for field in dataclasses.fields(found)
@@ -88,30 +90,46 @@ def measure_one(image: JudgedImage, instrument: Instrument) -> Measurement:
     return Measurement(values, quality, regions)
 
 
+def _measure_request(request: tuple[JudgedImage, JudgingGrid | None], instrument: Instrument) -> Measurement:
+    image, grid = request
+    return measure_one(image, instrument, grid)
+
+
 def measure(
     images: Sequence[Examined],
     side: str,
     instrument: Instrument,
     cache: Manifest,
     *,
+    grid: JudgingGrid | None = None,
     workers: int,
     progress: Progress,
 ) -> Measurements:
-    """Measures what the cache does not hold yet; each result is on disk before the next is counted. EnvironmentProblem
-    where the instrument cannot be used here."""
-    found = {
-        record["sha256"]: Measurement(record["values"], record["quality"], record.get("regions", {}))
+    """Measures what the cache does not hold yet; each result is on disk before the next is counted. Images that lie on
+    another grid than `grid` are brought to it first: an instrument errs otherwise on another grid (docs/measuring.md).
+    EnvironmentProblem where the instrument cannot be used here."""
+
+    def name_for(look: Examined) -> str:
+        return f"{instrument.name}, on {grid.describe()}" if grid is not None and look.resampled else instrument.name
+
+    known_before = {
+        (record["sha256"], record.get("instrument")): Measurement(
+            record["values"], record["quality"], record.get("regions", {})
+        )
         for record in cache.records()
-        if record.get("instrument") == instrument.name and {"sha256", "values", "quality"} <= record.keys()
+        if {"sha256", "values", "quality"} <= record.keys()
+    }
+    found = {
+        look.sha256: known_before[key] for look in images if (key := (look.sha256, name_for(look))) in known_before
     }
     # One of each: byte-identical images need one measurement.
     waiting = list({look.sha256: look for look in images if look.sha256 not in found}.values())
     known = len(images) - len(waiting)
-    work = partial(measure_one, instrument=instrument)
+    work = partial(_measure_request, instrument=instrument)
     failures = []
     for position, outcome in each(
         work,
-        [look.image for look in waiting],
+        [(look.image, grid if look.resampled else None) for look in waiting],
         workers=workers,
         progress=progress,
         what=f"measuring {side} images",
@@ -126,7 +144,7 @@ def measure(
         found[look.sha256] = outcome
         cache.append(
             sha256=look.sha256,
-            instrument=instrument.name,
+            instrument=name_for(look),
             values=dict(outcome.values),
             quality=dict(outcome.quality),
             regions={name: round(volume, 1) for name, volume in outcome.regions.items()},

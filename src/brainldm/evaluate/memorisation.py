@@ -15,15 +15,19 @@ a model that leaks in general, and not a few copies.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
 from brainldm.base.streams import stream
+from brainldm.base.tables import write_table
 from brainldm.evaluate.estimate import CONFIDENCE, Estimate, area_under_curve, median, share
 from brainldm.evaluate.examine import Sketch
+from brainldm.evaluate.images import JudgedImage
+from brainldm.evaluate.measuring import inert
 
 # Two files of one image, written with different precision, differ by about this in grey values (int16 and uint8 steps
 # are below it).
@@ -32,6 +36,16 @@ MIN_HELD_OUT = 3
 MAX_AMONG_TRAINING = 1000  # people whose nearest other training person stands for that of the unseen
 DRAWS = 1000
 _TAIL = (1 - CONFIDENCE) / 2
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A synthetic image that lies nearer to a training image than any of the reference people does: their places in the
+    order in which they were given, and how far apart they lie."""
+
+    image: int
+    training: int
+    rmse: float
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,7 @@ class Memorisation:
     membership_by_chance: Estimate
     least: float  # the smallest distance of a synthetic image to a training image
     identical: int  # synthetic images nearer than IDENTICAL_RMSE to one, which means copies only of grey values
-    suspects: tuple[int, ...]  # synthetic images nearer than the reference, nearest first
+    suspects: tuple[Suspect, ...]  # nearest first
 
 
 def memorisation(
@@ -93,13 +107,14 @@ def memorisation(
     own = nearest[: len(made)]
     if len(unseen) >= MIN_HELD_OUT:
         reference, reference_is = nearest[len(made) :], "held-out people"
+        by_chance = _least_of_strangers(len(own), len(reference))
     else:
         reference, reference_is = np.minimum(_leave_one_out(some), some_to_others), "training people, to another"
-    nearer, nearer_by_chance = _nearer(own, reference)
+        by_chance = _least_of_each_other(len(reference))
+    bound = reference.min() if len(reference) else 0.0
+    nearer = share(int((own < bound).sum()), len(own)) if len(reference) else by_chance
     seen, seen_by_chance = _seen_or_not(made, own, who[: len(made)], unseen, trained, seed)
     membership, membership_by_chance = _membership(np.concatenate(to_made), made, unseen, seed)
-    order = np.argsort(own)
-    bound = reference.min() if len(reference) else 0.0
     return Memorisation(
         trained,
         len(unseen),
@@ -107,14 +122,14 @@ def memorisation(
         median(own),
         median(reference) if len(reference) else Estimate.none("fewer than 2 training people"),
         nearer,
-        nearer_by_chance,
+        by_chance,
         seen,
         seen_by_chance,
         membership,
         membership_by_chance,
         float(own.min()),
         int((own < IDENTICAL_RMSE).sum()),
-        tuple(int(i) for i in order if own[i] < bound),
+        tuple(Suspect(int(i), int(who[i]), float(own[i])) for i in np.argsort(own) if own[i] < bound),
     )
 
 
@@ -122,6 +137,29 @@ def voxel_features(looks: Iterable[Sketch], mask_XYZ: np.ndarray) -> np.ndarray:
     """(n, 2, F): the voxels of the brain at about 4 mm of images as they are, and mirrored."""
     rows = [np.stack([look.coarse_XYZ[mask_XYZ], look.coarse_XYZ[::-1][mask_XYZ]]) for look in looks]
     return np.stack(rows) if rows else np.empty((0, 2, int(mask_XYZ.sum())), dtype=np.float32)
+
+
+def write_suspects(
+    path: Path,
+    found: Mapping[str, Sequence[Suspect]],
+    made: Sequence[JudgedImage],
+    training: Sequence[JudgedImage],
+) -> None:
+    """A row a suspect and space of features: the brain, the training image that it lies nearest to, and how near."""
+    columns = ("space", "participant_id", "file", "nearest_participant_id", "nearest_file", "rmse")
+    rows = [
+        {
+            "space": space,
+            "participant_id": inert(made[suspect.image].participant_id),
+            "file": inert(made[suspect.image].file),
+            "nearest_participant_id": inert(training[suspect.training].participant_id),
+            "nearest_file": inert(training[suspect.training].file),
+            "rmse": float(f"{suspect.rmse:.5g}"),
+        }
+        for space, suspects in found.items()
+        for suspect in suspects
+    ]
+    write_table(path, columns, rows)
 
 
 def _membership(members: np.ndarray, made: np.ndarray, unseen: np.ndarray, seed: int) -> tuple[Estimate, Estimate]:
@@ -143,14 +181,20 @@ def _membership(members: np.ndarray, made: np.ndarray, unseen: np.ndarray, seed:
     return found, Estimate(float(areas.mean()), low, high, len(members), f"{DRAWS} games among training people")
 
 
-def _nearer(own: np.ndarray, reference: np.ndarray) -> tuple[Estimate, Estimate]:
-    n, m = len(own), len(reference)
-    if m == 0:
-        none = Estimate.none("there are no reference people")
-        return none, none
+def _least_of_strangers(n: int, m: int) -> Estimate:
+    """How often one of `n` who copy nobody lies nearer to the training people than the nearest of `m` strangers."""
     # Were all n + m alike, how many of the n lie below the least of the m is beta-binomial.
     low, high = (float(stats.betabinom.ppf(p, n, 1, m)) / n for p in (_TAIL, 1 - _TAIL))
-    return share(int((own < reference.min()).sum()), n), Estimate(1 / (m + 1), low, high, m, "beta-binomial")
+    return Estimate(1 / (m + 1), low, high, m, "beta-binomial")
+
+
+def _least_of_each_other(m: int) -> Estimate:
+    """How often somebody who copies nobody lies nearer to one of `m` people than any two of them to each other."""
+    if m == 0:
+        return Estimate.none("there are no reference people")
+    # Of m + 1 people who are all alike, two make the closest pair; where more people than these m stand behind the
+    # distances, it is rarer.
+    return Estimate(2 / (m + 1), n=m, reason="at most; no interval is known where training people stand in")
 
 
 def _seen_or_not(

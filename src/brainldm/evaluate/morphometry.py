@@ -1,13 +1,14 @@
 """Is the anatomy that of real people? Volumes of regions: each region's difference, and all of them together.
 
 Together they are compared by the Wasserstein distance of the two clouds of people in the space of regional volumes (the
-idea of WASABI, arXiv 2504.21771), from halves of the sets (halves.py). Volumes may come from any
+idea of WASABI, arXiv 2504.21771), from parts of the sets (parts.py). Volumes may come from any
 instrument: SynthSeg's and FreeSurfer's tables, or the built-in measure.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,15 +18,15 @@ from scipy import stats
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
-from brainldm.base.errors import BadInput
+from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.files import locked_folder, write_json
 from brainldm.base.streams import stream
 from brainldm.base.tables import Table, read_table, write_table
 from brainldm.evaluate.estimate import CONFIDENCE, Estimate
-from brainldm.evaluate.halves import Halves, in_halves
 from brainldm.evaluate.measuring import inert
+from brainldm.evaluate.parts import Parts, in_parts
 
-MAX_HALF = 500  # people of a side in one distance, whose work grows with the cube; as WASABI
+MAX_PART = 500  # people of a side in one distance, whose work grows with the cube; as WASABI
 MIN_REGIONS = 2
 _LEAST_SPREAD = 1e-9  # of the volume: less is rounding, and nobody's difference
 
@@ -45,11 +46,11 @@ class Region:
 
 @dataclass(frozen=True)
 class Morphometry:
-    """`regions`, largest difference first; `halves` are of the Wasserstein distance, in standard deviations a region.
+    """`regions`, largest difference first; `parts` are of the Wasserstein distance, in standard deviations a region.
     A set with too little variety lies nearer to real people than they do to each other; what is `beyond` does not."""
 
     regions: tuple[Region, ...]
-    halves: Halves
+    parts: Parts
 
 
 def morphometry(
@@ -89,16 +90,16 @@ def cohen_d(made: np.ndarray, people: np.ndarray) -> Estimate:
     return Estimate(d, d - half, d + half, min(n, m), "Hedges-Olkin")
 
 
-def _together(made: np.ndarray, people: np.ndarray, seed: int) -> Halves:
+def _together(made: np.ndarray, people: np.ndarray, seed: int) -> Parts:
     if len(people) < 2:
-        return Halves.none("a spread needs at least 2 real people, there is 1", 1)
+        return Parts.none("a spread needs at least 2 real people, there is 1", 1)
     spread = people.std(axis=0, ddof=1)
     varied = spread > _LEAST_SPREAD * np.abs(people).max(axis=0)
     if not varied.any():
-        return Halves.none("the real people's volumes are all the same", len(people))
+        return Parts.none("the real people's volumes are all the same", len(people))
     centre = people.mean(axis=0)
     made, people = ((side - centre)[:, varied] / spread[varied] for side in (made, people))
-    return in_halves(made, people, wasserstein, stream(seed, "evaluate/morphometry"), most=MAX_HALF)
+    return in_parts(made, people, wasserstein, stream(seed, "evaluate/morphometry"), most=MAX_PART)
 
 
 def wasserstein(first_NR: np.ndarray, second_NR: np.ndarray) -> float:
@@ -112,8 +113,13 @@ def compare_tables(synthetic: Path, real: Path, out: Path, *, head: str | None =
     morphometry.json. With `head`, a column such as the intracranial volume, each volume is divided by it and multiplied
     by its mean over the real people.
 
-    BadInput where the tables have fewer than MIN_REGIONS columns in common, or a cell that is no number.
+    BadInput where the tables have fewer than MIN_REGIONS columns in common, or a cell that is no number; UsageError
+    where one of them would be overwritten.
     """
+    regions, figures = out / "regions.tsv", out / "morphometry.json"
+    for path in (synthetic, real):
+        if os.path.realpath(path) in (os.path.realpath(regions), os.path.realpath(figures)):
+            raise UsageError("the output would overwrite this table.", remedy="Choose another folder.", path=path)
     sides = [_volumes(read_table(path), head) for path in (synthetic, real)]
     if head is not None:
         usual = float(np.mean([heads for _, heads in sides[1]]))
@@ -129,8 +135,8 @@ def compare_tables(synthetic: Path, real: Path, out: Path, *, head: str | None =
             reason="no_regions",
         )
     with locked_folder(out):
-        write_regions(out / "regions.tsv", found)
-        write_json(out / "morphometry.json", {"seed": seed, "head": head} | asdict(found))
+        write_regions(regions, found)
+        write_json(figures, {"seed": seed, "head": head} | asdict(found))
     return found
 
 

@@ -184,8 +184,8 @@ def diversity_rows(synthetic: Mapping[str, Diversity], real: Mapping[str, Divers
 
 
 def feature_rows(found: SetDistance, space: FeatureSpace) -> list[Row]:
-    """Distances between the sets in a space of features, each beside two halves of the real set."""
-    same = "real halves"
+    """Distances between the sets in a space of features, each beside two parts of the real set."""
+    same = "parts of the real"
     what = (
         (
             "frechet",
@@ -193,18 +193,18 @@ def feature_rows(found: SetDistance, space: FeatureSpace) -> list[Row]:
             GENERAL,
             same,
             "How far the sets lie apart in mean and covariance of the network's features; synthetic to real, and real "
-            "to real, in random halves. It depends on the network and shrinks with the number of images.",
-            found.halves.across,
-            found.halves.real,
+            "to real, in random parts. It depends on the network and shrinks with the number of images.",
+            found.parts.across,
+            found.parts.real,
         ),
         (
             "frechet_beyond",
             "Frechet, beyond chance",
             GENERAL,
             "0",
-            "The row above less what two halves of one set lie apart (the mean of both sets): 0 on average for sets of "
+            "The row above less what two parts of one set lie apart (the mean of both sets): 0 on average for sets of "
             "one population, of whatever size.",
-            found.halves.beyond,
+            found.parts.beyond,
             None,
         ),
         (
@@ -252,7 +252,8 @@ def gate_rows(found: Gate) -> list[Row]:
             SHARE_OF_FEW,
             "the stated rate",
             "The share of images unlike every real one in head volume, intensities, sharpness, symmetry or tissues; "
-            "which and why is in gate.tsv. The reference is the rate at which the rule rejects a real person.",
+            "which and why is in gate.tsv. The reference is the rate for which the rule is designed; "
+            "fewer than 200 people cannot show it.",
             found.rejected,
             found.by_design,
             "stated rate",
@@ -262,7 +263,7 @@ def gate_rows(found: Gate) -> list[Row]:
 
 def region_rows(found: Morphometry) -> list[Row]:
     """Regional volumes as a whole, and the region that differs most."""
-    same, count, worst = "real halves", len(found.regions), found.regions[0]
+    same, count, worst = "parts of the real", len(found.regions), found.regions[0]
     return [
         Row(
             "distribution",
@@ -271,9 +272,9 @@ def region_rows(found: Morphometry) -> list[Row]:
             PLAIN,
             same,
             "How far people would have to be moved in the space of the volumes of regions (standard deviations of the "
-            "real, a region) to become the other set; in random halves. Every region is in regions.tsv.",
-            found.halves.across,
-            found.halves.real,
+            "real, a region) to become the other set; in random parts. Every region is in regions.tsv.",
+            found.parts.across,
+            found.parts.real,
             same,
         ),
         Row(
@@ -282,9 +283,9 @@ def region_rows(found: Morphometry) -> list[Row]:
             f"{count} regions: beyond chance",
             PLAIN,
             "0",
-            "The row above less what two halves of one set lie apart (the mean of both sets). Too little variety, "
+            "The row above less what two parts of one set lie apart (the mean of both sets). Too little variety, "
             "which makes the row above small, does not make this one so.",
-            found.halves.beyond,
+            found.parts.beyond,
         ),
         Row(
             "distribution",
@@ -421,10 +422,11 @@ def memorisation_rows(found: Memorisation, space: FeatureSpace | None) -> list[R
             "memorisation",
             f"{before}nearer_than_unseen",
             f"Nearer to it than any person above{of}",
-            SHARE,
+            SHARE_OF_FEW,
             "chance",
             "The share of synthetic brains that lie nearer to a training image than every person of the row above; the "
-            "reference is how often that happens to somebody who is no copy (the false-positive rate).",
+            "reference is how often that happens to somebody who is no copy (the false-positive rate). suspects.tsv "
+            "names them.",
             found.nearer_than_reference,
             found.nearer_by_chance,
             "chance",

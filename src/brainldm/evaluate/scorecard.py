@@ -5,6 +5,7 @@ OUT/measured.tsv                asked and measured, an image a row
 OUT/measured_reference.tsv      the same of the real people: recorded and measured
 OUT/gate.tsv                    every image: keep or reject, and why
 OUT/regions.tsv                 every region's volumes in both sets, with Cohen's d
+OUT/suspects.tsv                brains nearer to a training image than anybody unseen, and to whose
 OUT/measured.jsonl              what the instrument found, by image hash: a rerun measures only what is new
 OUT/failures.tsv                images that could not be judged, and why (only where there are any)
 OUT/features/                   features of every image, by its hash: a rerun computes only what is new
@@ -38,22 +39,12 @@ from brainldm.evaluate.examine import Examination
 from brainldm.evaluate.features import FeatureSpace
 from brainldm.evaluate.images import Failure, ImageFolder, open_images
 from brainldm.evaluate.judge import Findings, Judge
-from brainldm.evaluate.measuring import Instrument
+from brainldm.evaluate.measuring import Instrument, inert
 from brainldm.evaluate.rows import Row
 
 SCHEMA = "brainldm scorecard"
 SCHEMA_VERSION = 1
-OURS = {"scorecard.json", "measured.jsonl", "measured.tsv", "index.html", "failures.tsv"}
-_OF_THE_WHOLE = (
-    "scorecard.json",
-    "scorecard.tsv",
-    "scorecard.md",
-    "index.html",
-    "failures.tsv",
-    "learning_curves.json",
-    "gate.tsv",
-    "regions.tsv",
-)
+OURS = {"scorecard.json", "measured.jsonl", "measured.tsv"}  # one of them is wherever an evaluation began
 
 
 @dataclass(frozen=True)
@@ -158,7 +149,9 @@ def evaluate_dataset(
     there is nothing to judge.
     """
     if pairs < 1 or max_real < 1:
-        raise UsageError("the numbers of pairs and of real images must be at least 1.")
+        raise UsageError(
+            f"{pairs} pairs and {max_real} real images were asked for.", remedy="Ask for 1 of each or more."
+        )
     workers = usable_cpus() if workers is None else workers
     check_workers(workers)
     out = Path(out)
@@ -183,8 +176,6 @@ def evaluate_dataset(
         held_out_only,
     )
     with locked_folder(out), kept_processes():
-        for name in _OF_THE_WHOLE:  # of an evaluation before this one
-            (out / name).unlink(missing_ok=True)
         found = judge.run(show_real=show_real)
         card = _scorecard(judge, found)
         if curves is not None:
@@ -272,7 +263,8 @@ def _check_output(out: Path, inputs: Sequence[Path]) -> None:
 def _write(out: Path, card: Scorecard) -> None:
     if card.failures:
         columns = ("side", "participant_id", "file", "reason", "message", "remedy")
-        write_table(out / "failures.tsv", columns, (asdict(failure) for failure in card.failures))
+        rows = (asdict(f) | {"participant_id": inert(f.participant_id), "file": inert(f.file)} for f in card.failures)
+        write_table(out / "failures.tsv", columns, rows)
     write_table(out / "scorecard.tsv", printed.TSV_COLUMNS, printed.tsv_rows(card.rows))
     write_text(out / "scorecard.md", printed.as_markdown(card.rows, card.warnings, card.failures))
     write_json(out / "scorecard.json", card.to_json())  # last: it is what says that the evaluation is whole

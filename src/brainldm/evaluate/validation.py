@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from brainldm.base.errors import BadInput
+from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.files import check_output_apart, locked_folder, write_json
 from brainldm.base.pool import check_workers
 from brainldm.base.progress import Progress, Quiet
@@ -153,7 +153,10 @@ def validate(
     BadInput where there are fewer than MIN_PEOPLE.
     """
     check_workers(workers)
+    if pairs < 1:
+        raise UsageError(f"{pairs} pairs were asked for.", remedy="Ask for 1 or more.")
     check_output_apart(out, folder)
+    spaces = feature_spaces(features)
     people = open_images(folder, "real")
     grid = judging_grid([[image.path for image in people.images]])
     found = Examination((), ()) if grid is None else _looked_at(people, grid, seed, workers, progress)
@@ -165,7 +168,6 @@ def validate(
             path=folder,
             reason="too_few",
         )
-    spaces = feature_spaces(features)
     with locked_folder(out):
         altered = _altered(looks, grid, spaces, seed, workers, progress)
         nearer = {space: _nearer(kinds) for space, kinds in altered.items()}
@@ -255,7 +257,7 @@ def _planted(space: str, altered: Mapping[str, np.ndarray], seed: int) -> Plante
     made = np.concatenate([originals[innocent], *copies.values()])
     found = memorisation(made, [originals[trained]], originals[unseen], seed)
     named = np.zeros(len(made), dtype=bool)
-    named[list(found.suspects)] = True
+    named[[suspect.image for suspect in found.suspects]] = True
     counts, start = {}, len(innocent)
     for kind in copies:
         counts[kind] = share(int(named[start : start + len(trained)].sum()), len(trained))

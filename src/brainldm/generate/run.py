@@ -55,6 +55,8 @@ class GenerateSettings:
 
 @dataclass(frozen=True)
 class GenerateSummary:
+    """How many brains were made, how many were there before, and how many of those made took more than one draw."""
+
     made: int
     were_there: int
     redrawn: int
@@ -97,7 +99,7 @@ def generate(
                     if image_XYZ is None:
                         failed[row.index] = objection
                         continue
-                    redrawn += attempt
+                    redrawn += attempt > 0
                     sound.append(Brain(row, as_bundle(image_XYZ) if settings.as_bundle else image_XYZ, attempt))
                 write(sound)
                 progress.advance(0, note=f"{batch[-1].index + 1} of {len(rows)} brains")

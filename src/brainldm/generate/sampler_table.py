@@ -72,11 +72,6 @@ class SamplerTable:
             )
         return "\n".join(lines)
 
-    def fewest_calls_as_near_as(self, sampler: str, steps: int) -> SamplerRow:
-        """The cheapest row that is no farther from the reference than that one."""
-        bound = next(row.rmse for row in self.rows if (row.sampler, row.steps) == (sampler, steps))
-        return min((row for row in self.rows if row.rmse <= bound), key=lambda row: row.network_calls)
-
 
 def compare_samplers(
     model_folder: Path,
@@ -105,6 +100,7 @@ def compare_samplers(
     noise = [row_noise(seed, row.index) for row in rows]
 
     def sampled(sampler: str, steps: int) -> tuple[np.ndarray, float]:
+        model.ready_unet()  # where decoding gave it up; reading it again is no sampling
         begun = time.perf_counter()
         latent_BCXYZ = model.sample_latents(people, noise, SAMPLERS[sampler], steps, progress)
         if where.type == "cuda":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from brainldm.base.covariates import CovariateRanges, Covariates, covariates_array
+from brainldm.base.covariates import CovariateRanges, Covariates
 from brainldm.base.joint import CovariateModel
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.volume import Grid
@@ -60,7 +60,7 @@ class GanModel:
 
         Row i is a function of `covariates[i]` and `noise[i]` alone. `progress` advances by one for each image.
         """
-        condition_BF = self.ranges.normalise(covariates_array(covariates)).astype(np.float32)
+        condition_BF = self.description.covariates.conditions(covariates)
         images_XYZ = []
         for row, condition_F in zip(noise, condition_BF):  # one by one: a batch would only take memory
             drawn = row(0, (self.description.generator.noise_features,)).astype(np.float32)[None]

@@ -84,18 +84,6 @@ class LatentDiffusion:
         advances by one for each sampling step and each time that an image is decoded.
         """
         latent_BCXYZ = self.sample_latents(covariates, noise, SAMPLERS[sampler], steps, progress)
-        if self.reload_unet is None:
-            return self._decoded_as_told(latent_BCXYZ, covariates, progress)
-        forget(self.unet)
-        return_freed_memory()
-        image_BXYZ = self._decoded_as_told(latent_BCXYZ, covariates, progress)
-        return_freed_memory()
-        return image_BXYZ
-
-    def _decoded_as_told(
-        self, latent_BCXYZ: torch.Tensor, covariates: Sequence[Covariates], progress: Progress
-    ) -> np.ndarray:
-        """The images, their volumes corrected where the model can read them."""
         image_BXYZ = self.decode(latent_BCXYZ, progress)
         if self.volume_reader is None:
             return image_BXYZ
@@ -113,8 +101,7 @@ class LatentDiffusion:
         progress: Progress = Quiet(),
     ) -> torch.Tensor:
         """Latents (B, C, x, y, z) in the autoencoder's units, float32, as the U-Net leaves them."""
-        if self.reload_unet is not None and is_forgotten(self.unet):
-            self.reload_unet()
+        self.ready_unet()
         shape_CXYZ = tuple(self.description.latent.shape_CXYZ)
 
         def step_noise(step: int) -> torch.Tensor:
@@ -127,6 +114,11 @@ class LatentDiffusion:
         if self.population is None:
             return x_BCXYZ / self.description.latent.scale
         return self.population.restored(x_BCXYZ, self._conditions(covariates))
+
+    def ready_unet(self) -> None:
+        """Reads the U-Net's weights again where they were given up."""
+        if self.reload_unet is not None and is_forgotten(self.unet):
+            self.reload_unet()
 
     def _conditions(self, covariates: Sequence[Covariates]) -> torch.Tensor:
         return torch.from_numpy(self.description.covariates.conditions(covariates)).to(self.device)
@@ -158,6 +150,9 @@ class LatentDiffusion:
         progress: Progress = Quiet(),
     ) -> np.ndarray:
         """Images (B, X, Y, Z), float32, RAS+, of latents as `sample_latents` gives them, one by one to bound memory."""
+        if self.reload_unet is not None:
+            forget(self.unet)
+            return_freed_memory()
         images_XYZ = []
         for latent_CXYZ in latent_BCXYZ:
             with autocast(self.device, self.precision):
@@ -168,4 +163,7 @@ class LatentDiffusion:
             image_XYZ = image_BCXYZ[0, 0].float().cpu().numpy()
             images_XYZ.append(image_XYZ[::-1] if self.description.grid.network_x == "right_to_left" else image_XYZ)
             progress.advance()
-        return np.stack(images_XYZ)
+        image_BXYZ = np.stack(images_XYZ)
+        if self.reload_unet is not None:
+            return_freed_memory()
+        return image_BXYZ

@@ -67,13 +67,13 @@ def plan_memory(
     sampling += _COPIES_WHILE_PACKING * largest * 2 if packs else 0
     images = batch * 3 * 4 * _voxels(grid_XYZ)  # images of the batch, and copies on the way to a file
     ways = _ways_to_decode(autoencoder, grid_XYZ, itemsize, device)
-    small = device.type == "cuda" or unet_bytes < _KEEPS_UNET_BELOW_BYTES
+    may_keep_unet = device.type == "cuda" or unet_bytes < _KEEPS_UNET_BELOW_BYTES
     plans = [
         MemoryPlan(
             slab_bytes, keeps, held + int(_GAPS * max(sampling, (unet_bytes if keeps else 0) + decoding + images))
         )
         for slab_bytes, decoding in ways
-        for keeps in ((True, False) if small else (False,))
+        for keeps in ((True, False) if may_keep_unet else (False,))
     ]
     for plan in plans:
         if plan.peak_bytes <= limit:

@@ -6,6 +6,7 @@ import contextlib
 
 import torch
 
+from brainldm.base.counts import counted
 from brainldm.base.errors import UsageError
 from brainldm.nets.packed import packing_works
 
@@ -13,8 +14,8 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device of that name; `auto` takes CUDA where it is, else the CPU. UsageError where it is not there
-    or of another type.
+    """The device of that name; `auto` takes CUDA where it is, else the CPU. UsageError where this machine has
+    none of that type or of that number, or the type is not known here.
 
     On CUDA float32 convolutions are computed in float32 from then on: torch's default, TF32, keeps 10 bits of a factor.
     """
@@ -33,6 +34,12 @@ def choose_device(name: str = "auto") -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "CUDA was asked for and this machine (or this build of torch) has none.", remedy="Use --device cpu."
+        )
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UsageError(
+            f"{name} was asked for and this machine has {counted(count, 'CUDA device')}.",
+            remedy=f"Use cuda:{count - 1}{' or one before it' if count > 1 else ''}.",
         )
     return device
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from brainldm.nets.blocks import check_at_least_one
+from brainldm.nets.blocks import at_full_precision, check_at_least_one
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,10 @@ class GanGenerator(nn.Module):
         x = self.first(torch.cat([noise_BN, known], dim=1))
         x = x.view(-1, self.config.channels[-1], *self.config.coarse_XYZ)
         x = x.contiguous(memory_format=torch.channels_last_3d)
-        for level in self.levels:
+        *coarse, finest = self.levels
+        for level in coarse:
             x = level(x)
-        return torch.sigmoid(x)
+        return torch.sigmoid(at_full_precision(finest, x))
 
 
 class EvenLinear(nn.Linear):

@@ -34,7 +34,7 @@ def packing_works() -> bool:
 
 
 class PackedConvolution:
-    """A convolution of stride 1 by weights (O, I, k, k, k), which are packed here for maps of the dtype they have."""
+    """A convolution by weights (O, I, k, k, k), which are packed here for maps of the dtype they have."""
 
     def __init__(self, weight_OIXYZ: torch.Tensor, bias_O: torch.Tensor | None, *, padding: int, stride: int = 1):
         self.dtype = weight_OIXYZ.dtype

@@ -38,9 +38,10 @@ class UNetConfig:
     """Widths of a U-Net, one entry a level in `channels`, `attention` and `head_channels`.
 
     `in_channels` counts the latent channels and the covariates; `head_channels` is the width of one attention head
-    (the paper has one head, so the level's width) and is read only where `attention` is on. `covariates_in_time` and
-    `fold` are not the paper's: the covariates are told a third time, to every residual block, beside the timestep; and
-    fold^3 voxels of the latent become channels before the first convolution, and voxels again after the last.
+    (the paper has one head, so the level's width), read where `attention` is on and at the last level, in whose width
+    the middle always attends. `covariates_in_time` and `fold` are not the paper's: the covariates are told a third
+    time, to every residual block, beside the timestep; and fold^3 voxels of the latent become channels before the
+    first convolution, and voxels again after the last.
     """
 
     in_channels: int = 7

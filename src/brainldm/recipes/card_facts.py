@@ -119,12 +119,14 @@ def commands(parts: CardParts, cohort: Path, n: int, reconstructed: int, pairs: 
         told += f" --start-from {begun_with['name']}" if begun_with else ""
         if stage == "autoencoder" and training.get("perceptual", "none") != "none":
             told += f" --perceptual {training['perceptual']}"
-        told += "".join(f" --set {shlex.quote(setting)}" for setting in training.get("settings", ()))
+        settings = [setting for setting in training.get("settings", ()) if not setting.startswith("seed=")]
+        told += "".join(f" --set {shlex.quote(setting)}" for setting in settings) + _seed_of(training)
         commands.append(f"brainldm train {recipe} --data COHORT --out RUN --stage {stage}{told}")
     for name, predictor in parts.predictors.items():
         steps = dict(predictor.training).get("steps")
         told = f" --steps {steps}" if steps else ""
         told += f" --averaging {predictor.averaging}" if predictor.averaging > 1 else ""
+        told += _seed_of(predictor.training)
         commands.append(f"brainldm train {name} --data COHORT --out {name.upper()}{told}")
     predictors = "".join(f" --{name} {name.upper()}" for name in parts.predictors)
     made = "RUN"
@@ -138,3 +140,9 @@ def commands(parts: CardParts, cohort: Path, n: int, reconstructed: int, pairs: 
         f"brainldm card MODEL COHORT CARD{predictors} --phantoms PHANTOMS --n {n} "
         f"--reconstructed {reconstructed} --pairs {pairs} --seed {seed}",
     ]
+
+
+def _seed_of(training: Mapping[str, Any]) -> str:
+    """The flag that trains with its seed; empty where that is the one taken by default."""
+    seed = training.get("seed", 0)
+    return f" --set seed={seed}" if seed else ""

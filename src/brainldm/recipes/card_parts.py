@@ -11,6 +11,7 @@ from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.volume import same_voxels
 from brainldm.cohort.dataset import PreparedCohort, PreparedRow
 from brainldm.cohort.predictor import Predictor, read_predictor
+from brainldm.model.description import ModelDescription
 from brainldm.model.folder import find_model, load_latent_diffusion
 from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.recipes.reconstruction import PhantomStudy, held_out
@@ -62,17 +63,8 @@ def open_parts(
                 f"{prepared.grid.shape_XYZ} of {prepared.grid.voxel_mm:g} mm.",
                 remedy="All must lie on one grid.",
             )
-    trainings: dict[str, Mapping[str, Any]] = {"model": loaded.description.training}
-    trainings |= {f"predictor of {name}": predictor.training for name, predictor in predictors.items()}
-    for what, training in trainings.items():
-        split_by = training.get("split_by")
-        if split_by and split_by != prepared.split_by:
-            raise UsageError(
-                f"the {what} was trained on a cohort split with {_told(split_by)}, this one is with "
-                f"{_told(prepared.split_by)}: who is held out here may have been trained on.",
-                remedy=f"Prepare the study with {' '.join(f'--{name} {value}' for name, value in split_by.items())}.",
-                path=cohort,
-            )
+    trainings = {f"predictor of {name}": predictor.training for name, predictor in predictors.items()}
+    check_split({"model": loaded.description.training, **trainings}, prepared)
     strangers = [row.participant_id for row in people if row.participant_id not in study.index_of]
     if strangers:
         raise BadInput(
@@ -81,13 +73,33 @@ def open_parts(
             path=phantoms,
             reason="other_phantoms",
         )
-    response = loaded.description.covariates.response
+    check_seed(loaded.description, seed)
+    return CardParts(folder, loaded, prepared, people, study, predictors)
+
+
+def check_split(trainings: Mapping[str, Mapping[str, Any]], cohort: PreparedCohort) -> None:
+    """UsageError where one of those trained (by what it is) saw a cohort of another split: whoever is held out here may
+    have been trained on."""
+    for what, training in trainings.items():
+        split_by = training.get("split_by")
+        if split_by and split_by != cohort.split_by:
+            raise UsageError(
+                f"the {what} was trained on a cohort split with {_told(split_by)}, this one is with "
+                f"{_told(cohort.split_by)}: who is held out here may have been trained on.",
+                remedy=f"Prepare the study with {' '.join(f'--{name} {value}' for name, value in split_by.items())}.",
+                path=cohort.folder,
+            )
+
+
+def check_seed(model: ModelDescription, seed: int) -> None:
+    """UsageError where the model was calibrated on the brains of that seed: it would be judged by what it was fitted
+    to."""
+    response = model.covariates.response
     if response is not None and response.seed == seed:
         raise UsageError(
             f"the model was calibrated on the brains of seed {seed}: it would be judged by what it was fitted to.",
             remedy="Choose another --seed.",
         )
-    return CardParts(folder, loaded, prepared, people, study, predictors)
 
 
 def _told(split_by: Mapping[str, Any]) -> str:

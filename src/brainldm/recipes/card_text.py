@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from brainldm.base.covariates import VOLUMES
 from brainldm.cohort.phantom_bids import MNI_NOTICE
 from brainldm.model.response import own_slopes
-from brainldm.recipes.card_figures import BOUNDS, Bounds, lies_within
+from brainldm.recipes.card_figures import BOUNDS, Bounds, lies_within, sex_bounds
 
 # Key of results.json, what it is, decimals.
 _LINES = (
@@ -63,7 +63,7 @@ whom that one had seen is not looked into here.{% endif %}
   {{ in_head }} dB. The scan that goes in: {{ scan_itself }} dB.
 - Brains nearer to a training image than anybody held out, as a share: {{ copies }}.
 - Brains that a gate rejects as unlike the held-out phantoms, as a share: {{ rejected }}.
-  Of held-out phantoms it is set to reject {{ by_design }}. (`generate --gate` compares with the training people.)
+  It is designed to reject {{ by_design }} of held-out phantoms. (`generate --gate` compares with the training people.)
 {% for warning in warnings %}- {{ warning }}
 {% endfor -%}
 
@@ -157,12 +157,13 @@ def card_text(results: Mapping[str, Any]) -> str:
 def _line(results: Mapping[str, Any], key: str, what: str, decimals: int) -> dict[str, str]:
     name, _, part = key.partition(".")
     whole = results[name]
-    entry, bounds = whole[part] if part else whole, BOUNDS.get(key)
+    entry = whole[part] if part else whole
+    bounds = sex_bounds(whole["alone"]["value"]) if key == "sex" else BOUNDS[key]
     return {
         "what": what,
         "found": _value(entry, decimals),
-        "target": whole["target"] if bounds is None else _told(*bounds),
-        "met": ("met" if whole["met"] else _MISSED) if bounds is None else _verdict(entry, bounds),
+        "target": whole["target"] if key in ("sex", "extrapolation") else _told(*bounds),
+        "met": _verdict(entry, bounds) if entry.get("marked", True) else _MISSED,
         "alone": _value(entry["alone"], decimals) if "alone" in entry else "",
         "paper": "" if part else _paper(whole.get("paper")),
     }

@@ -93,11 +93,11 @@ def make_figure(
         say=say,
     )
     generate(ready.load(), out, rows, ready.settings, progress=progress)
-    draw_figure(plan, out, ranges)
+    draw_figure(plan, out)
     return out / "figure.png"
 
 
-def draw_figure(plan: FigurePlan, dataset: Path, ranges: CovariateRanges) -> None:
+def draw_figure(plan: FigurePlan, dataset: Path) -> None:
     """dataset/figure.png: for each sweep a row of middle slices in three views, with what was asked above each."""
     from matplotlib.figure import Figure
 

@@ -21,7 +21,7 @@ import torch
 
 import brainldm
 from brainldm.base.errors import UsageError
-from brainldm.base.files import locked_folder, write_json, write_text
+from brainldm.base.files import check_output_apart, locked_folder, write_json, write_text
 from brainldm.base.manifest import Manifest
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.streams import drawn, stream
@@ -71,8 +71,12 @@ def make_card(
     prepared from; `instrument` finds volumes, by default without trained weights. UsageError or BadInput, before the
     first brain, where the parts do not belong together.
     """
-    if n < 1 or reconstructed < 1:
-        raise UsageError(f"{n} brains and {reconstructed} reconstructions were asked for.", remedy="Ask for 1 of each.")
+    if min(n, reconstructed, pairs) < 1:
+        raise UsageError(
+            f"{n} brains, {reconstructed} reconstructions and {pairs} pairs were asked for.",
+            remedy="Ask for 1 of each or more.",
+        )
+    check_output_apart(out, cohort, phantoms)
     parts = open_parts(model, cohort, out, age, sex, phantoms, seed)
     instrument = instrument or TemplateMeasure()
     with locked_folder(out):

@@ -9,12 +9,15 @@ from brainldm.train.config import PAPER_AUGMENTATION, AutoencoderStageConfig, Di
 def paper() -> Recipe:
     """The paper's autoencoder (13.8 M parameters) and U-Net (553 M) on the 160 x 224 x 160 grid.
 
-        brainldm train paper --data PREPARED --out RUN
+        brainldm train paper --data PREPARED --out RUN --perceptual lpips-squeeze \\
+            --perceptual-weights squeezenet1_1.pth --perceptual-weights squeeze.pth
 
     Architecture, schedule and target are those of the published bundle. Loss weights and rates are the ones that the
     same authors published for their sister projects, because the paper's supplement is not public: L1 + 0.002
     perceptual + 0.005 least-squares adversarial + 1e-8 KL, Adam 5e-5 / 1e-4; Adam 2.5e-5 on the noise prediction,
-    without a moving average of the weights (`--set diffusion.ema_decay=0.999` takes one).
+    without a moving average of the weights (`--set diffusion.ema_decay=0.999` takes one). Their perceptual distance
+    needs the two files of weights (docs/training.md, "The losses of stage 1"); without `--perceptual` the term is a
+    stand-in, the distance of fixed random convolutions, of which 0.002 is not known to be the right share.
     The latent scale is measured (the bundle has none, that is 1). Augmented as theirs, flips included; latents of four
     views of each scan are kept, where they encode anew at every step.
 

@@ -28,8 +28,7 @@ from brainldm.cohort.phantom import PhantomConfig, draw_person, make_phantom
 from brainldm.cohort.split import HELD_OUT
 from brainldm.model.description import AUTOENCODER_NAME
 from brainldm.model.latent_diffusion import LatentDiffusion
-from brainldm.train.reconstruction import compared as of_one_image
-from brainldm.train.reconstruction import scale_weights
+from brainldm.train.reconstruction import compared, scale_weights
 
 # How far the cohort's image of a phantom may be from the same painted anew: both are kept as 16-bit integers, and
 # preparing brings one onto its own grid once more.
@@ -123,7 +122,7 @@ def reconstructions(
                 "participant_id": row.participant_id,
                 "sha256": row.sha256,
                 "autoencoder": autoencoder,
-                **compared(reconstructed(model, image_XYZ), truth_XYZ),
+                **likeness(reconstructed(model, image_XYZ), truth_XYZ),
                 "psnr_of_the_scan_db": psnr_db(image_XYZ, truth_XYZ),
             }
             records.append(**record)
@@ -146,13 +145,13 @@ def reconstructed(model: LatentDiffusion, image_XYZ: np.ndarray) -> np.ndarray:
     return np.clip(model.decode(latent.mean_BCXYZ)[0], 0.0, 1.0)
 
 
-def compared(image_XYZ: np.ndarray, truth_XYZ: np.ndarray) -> dict[str, float | None]:
+def likeness(image_XYZ: np.ndarray, truth_XYZ: np.ndarray) -> dict[str, float | None]:
     """Higher is better: PSNR in dB (of a range of 1), over the box and where the truth is above 0, and SSIM (1 is
     perfect), as in every reconstruction report (train/reconstruction)."""
     pair = [torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32))[None, None] for a in (image_XYZ, truth_XYZ)]
-    figures = of_one_image(pair[0], pair[1], scale_weights(image_XYZ.shape))
+    figures = compared(pair[0], pair[1], scale_weights(image_XYZ.shape))
     return {
-        "psnr_db": psnr_db(image_XYZ, truth_XYZ),
+        "psnr_db": figures["psnr_db"],
         "ssim": figures["ssim"],
         "psnr_in_head_db": psnr_db(image_XYZ[truth_XYZ > 0], truth_XYZ[truth_XYZ > 0]),
     }

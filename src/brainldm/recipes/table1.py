@@ -20,7 +20,7 @@ import numpy as np
 
 import brainldm
 from brainldm.base.errors import UsageError
-from brainldm.base.files import atomic_path, make_folder, read_json, write_json, write_text
+from brainldm.base.files import atomic_path, check_output_apart, make_folder, read_json, write_json, write_text
 from brainldm.base.nifti import read_nifti
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.slices import VIEWS, middle_slice
@@ -28,6 +28,7 @@ from brainldm.base.tables import read_table
 from brainldm.cohort.split import HELD_OUT
 
 if TYPE_CHECKING:
+    from brainldm.cohort.dataset import PreparedCohort
     from brainldm.evaluate.measuring import Instrument
 
 REAL = "Real images"
@@ -87,15 +88,18 @@ def make_table1(
 ) -> dict[str, Any]:
     """Trains what `models` (ldm, lsgan, vaegan, age, sex: a run each) does not name, each for `minutes` (the predictors
     a quarter of it), makes `n` brains in each way, judges them and writes table and figures; returns table1.json.
-    Sets are compared with held-out people alone where the cohort has enough for halves of them. `instrument` finds
+    Sets are compared with held-out people alone where the cohort has enough for parts of them. `instrument` finds
     volumes in images, by default the one without trained weights.
 
-    UsageError, before anything is trained, where a given model's grid is not the cohort's, a predictor predicts
-    something else, or `out` holds the models of another cohort, recipe, time or seed.
+    UsageError, before anything is trained, where a given model's grid or split is not the cohort's, a predictor
+    predicts something else, the model was calibrated on this seed, or `out` holds the models of another cohort, recipe,
+    time or seed.
     """
     from brainldm.cohort.dataset import PreparedCohort
-    from brainldm.evaluate.halves import FEWEST
+    from brainldm.evaluate.parts import FEWEST_REAL
     from brainldm.evaluate.scorecard import evaluate_dataset, feature_spaces
+    from brainldm.recipes import recipe_named
+    from brainldm.train.loop import check_asked
 
     if n < 1 or pairs < 1 or len(feature_spaces((feature_space,))) != 1:
         raise UsageError(
@@ -103,7 +107,11 @@ def make_table1(
             remedy="Ask for 1 of each or more, and a space that evaluate knows.",
         )
     given = {name: path for name, path in (models or {}).items() if path is not None}
-    _check_given(given, cohort)
+    prepared = PreparedCohort.open(cohort)
+    check_output_apart(out, cohort)
+    check_asked(None, minutes)
+    recipe_named(recipe)
+    _check_given(given, prepared, seed)
     make_folder(out)
     _record_or_compare(out / "asked.json", cohort, recipe, minutes, seed)
     trained = {
@@ -113,7 +121,7 @@ def make_table1(
         for name in ("ldm", "lsgan", "vaegan", "age", "sex")
     }
     timings, cards = {}, {}
-    unseen = sum(row.split in HELD_OUT for row in PreparedCohort.open(cohort).people)
+    unseen = sum(row.split in HELD_OUT for row in prepared.people)
     for way in ways:
         say(f"{way.title}: {n} brains")
         timings[way.name] = _generate(way, trained, out / "brains" / way.name, n, seed, progress, say)
@@ -128,7 +136,7 @@ def make_table1(
             predictors=[trained["age"], trained["sex"]],
             features=(feature_space,),
             cache=out / "judged" / "cache",
-            held_out_only=unseen >= 2 * FEWEST,
+            held_out_only=unseen >= FEWEST_REAL,
             progress=progress,
         ).to_json()
     table = _table(ways, cards, timings, n, pairs, seed, trained)
@@ -180,7 +188,8 @@ def _record_or_compare(path: Path, cohort: Path, recipe: str, minutes: float, se
     from brainldm.cohort.dataset import PreparedCohort
 
     asked = {"cohort": PreparedCohort.open(cohort).digest, "recipe": recipe, "minutes": minutes, "seed": seed}
-    recorded = read_json(path) if path.is_file() else asked
+    models_there = (path.parent / "models").is_dir()
+    recorded = read_json(path) if path.is_file() and models_there else asked
     different = [name for name in asked if recorded[name] != asked[name]]
     if different:
         raise UsageError(
@@ -191,26 +200,36 @@ def _record_or_compare(path: Path, cohort: Path, recipe: str, minutes: float, se
     write_json(path, asked)
 
 
-def _check_given(models: Mapping[str, Path], cohort: Path) -> None:
-    from brainldm.cohort.dataset import PreparedCohort
+def _check_given(models: Mapping[str, Path], cohort: PreparedCohort, seed: int) -> None:
     from brainldm.cohort.predictor import read_predictor
     from brainldm.model.folder import read_description
+    from brainldm.recipes.card_parts import check_seed, check_split
 
-    wanted = PreparedCohort.open(cohort).grid.shape_XYZ
+    wanted = cohort.grid.shape_XYZ
+    trainings: dict[str, Mapping[str, Any]] = {}
     for name, path in models.items():
         if name in _TARGETS:
             predictor = read_predictor(path)
             shape = predictor.grid.shape_XYZ
             if predictor.target != _TARGETS[name]:
-                raise UsageError(f"predicts {predictor.target}, not {_TARGETS[name]}.", path=path)
+                raise UsageError(
+                    f"predicts {predictor.target}, not {_TARGETS[name]}.",
+                    remedy=f"Train one: brainldm train {name} --data COHORT --out RUN.",
+                    path=path,
+                )
+            trainings[f"predictor of {name}"] = predictor.training
         else:
-            shape = read_description(path).grid.shape_XYZ
+            description = read_description(path)
+            shape = description.grid.shape_XYZ
+            trainings[f"{name} model"] = description.training
+            check_seed(description, seed)
         if tuple(shape) != tuple(wanted):
             raise UsageError(
                 f"the {name} model is of images of {shape} voxels, the cohort's are of {wanted}.",
                 remedy="Give models that were trained on this grid.",
                 path=path,
             )
+    check_split(trainings, cohort)
 
 
 def _generate(
@@ -390,7 +409,11 @@ def _figure_3(out: Path, predictor: str) -> None:
     asked_age = [people.number(row, "age_years_asked") for row in range(len(people))]
     found_age = [predicted.get(cells["sha256"]) for cells in people.rows]
     millilitres = [
-        [(people.number(row, f"ventricles_mm3_{kind}") or np.nan) / 1000 for row in range(len(people))]
+        [
+            None if volume_mm3 is None else volume_mm3 / 1000
+            for row in range(len(people))
+            for volume_mm3 in (people.number(row, f"ventricles_mm3_{kind}"),)
+        ]
         for kind in ("asked", "measured")
     ]
     figure = Figure(figsize=(9, 4.4), layout="constrained")
@@ -401,7 +424,7 @@ def _figure_3(out: Path, predictor: str) -> None:
         pairs = np.array([(a, b) for a, b in zip(x, y) if a is not None and b is not None], dtype=float)
         if len(pairs):
             ax.plot(pairs[:, 0], pairs[:, 1], "o", ms=4, alpha=0.7)
-            low, high = np.nanmin(pairs), np.nanmax(pairs)
+            low, high = pairs.min(), pairs.max()
             ax.plot([low, high], [low, high], color="grey", lw=1)
             r = agreement(*pairs.T.tolist()).pearson_r.value
             ax.set_title(f"r {'-' if r is None else f'{r:.3f}'}, n {len(pairs)}", fontsize=10)

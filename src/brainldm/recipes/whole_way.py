@@ -151,7 +151,8 @@ def run_demo_training(
     from brainldm.evaluate.scorecard import evaluate_dataset
     from brainldm.generate.plan import make_plan
     from brainldm.generate.run import GenerateSettings, generate
-    from brainldm.model.folder import load_model
+    from brainldm.generate.start import start
+    from brainldm.model.folder import read_description
     from brainldm.recipes.quick import quick
     from brainldm.report import write_report
     from brainldm.train.run import train
@@ -168,9 +169,11 @@ def run_demo_training(
     say("3/6 train the autoencoder, then the diffusion model")
     train(replace(quick(), seed=seed), out / "cohort", out / "run", minutes=minutes, progress=progress)
     say("4/6 generate brains")
-    model = load_model(out / "run")
-    rows = make_plan(demo_sweeps(model.ranges), n=None, seed=seed, ranges=model.ranges, joint=model.joint)
-    generate(model, out / "brains", rows, GenerateSettings(seed=seed), progress=progress)
+    covariates = read_description(out / "run").covariates
+    ranges = covariates.fitted_ranges()
+    rows = make_plan(demo_sweeps(ranges), n=None, seed=seed, ranges=ranges, joint=covariates.joint_model())
+    ready = start(out / "run", rows, GenerateSettings(seed=seed), may_shrink_batch=True, begun=out / "brains", say=say)
+    generate(ready.load(), out / "brains", rows, ready.settings, progress=progress)
     say("5/6 evaluate them")
     scorecard = evaluate_dataset(
         out / "brains",

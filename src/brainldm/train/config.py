@@ -61,7 +61,8 @@ class AutoencoderStageConfig:
     # begins as a plain autoencoder.
     initial_log_variance: float = 0.0
     perceptual_weight: NotNegative = 0.002
-    perceptual: PerceptualName = "random"  # all but this one need weights of the user's (train/perceptual)
+    # A stand-in for the authors' lpips-squeeze: all but this one need weights of the user's (train/perceptual).
+    perceptual: PerceptualName = "random"
     # Not the paper's: the difference of histograms in blocks of 8 voxels, which keeps volumes (train/local_histogram).
     local_histogram_weight: NotNegative = 0.0
     adversarial_weight: NotNegative = 0.005
@@ -137,6 +138,7 @@ class GanStageConfig:
     reconstruction_weight: NotNegative = 1.0
     kl_weight: NotNegative = 1.0
     gradient_clip: Positive = 10.0
+    seed: NotNegativeInt = 0
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ class PredictorConfig:
     gradient_clip: Positive = 5.0
     shift_voxels: NotNegativeInt = 2
     averaging: Count = 1
+    seed: NotNegativeInt = 0
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import brainldm
-from brainldm.base.covariates import CovariateRanges, covariates_array
+from brainldm.base.covariates import CovariateRanges
 from brainldm.base.errors import UsageError
 from brainldm.base.files import locked_folder
 from brainldm.base.joint import CovariateModel
@@ -47,7 +47,7 @@ def train_gan(
     *,
     steps: int | None = None,
     minutes: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     device: str = "auto",
     precision: str = "auto",
     cache: Path | None = None,
@@ -56,33 +56,39 @@ def train_gan(
 ) -> TrainSummary:
     """Trains the baseline `config` on the cohort `data` in `out`, going on from whatever is already there.
 
-    With `cache`, images are laid out uncompressed in that folder first. UsageError where the cohort cannot be trained
-    on, or `out` holds another run; before the first step.
+    `steps` and `seed` replace the config's. With `cache`, images are laid out uncompressed in that folder first.
+    UsageError where the cohort cannot be trained on, or `out` holds another run; before the first step.
     """
     one_process_only("a GAN baseline")
     if tensorboard:
         check_tensorboard()
     check_asked(steps, minutes)
     config = config if steps is None else replace(config, steps=steps)
+    config = config if seed is None else replace(config, seed=seed)
     cohort = PreparedCohort.open(data)
     people = VolumeDataset(cohort, "train")
     check_trainable(people, config.batch)
     warn_of_flagged(people)
-    ranges = CovariateRanges.fitted(people.covariates)
+    covariates = CovariatesDescription(
+        ranges=CovariateRanges.fitted(people.covariates).to_json(),
+        joint=CovariateModel.fitted(people.covariates).to_json(),
+    )
     net = _net(config, cohort)
     where = choose_device(device)
     chosen = choose_precision(precision, where, trained_side=min(net.coarse_XYZ))
     with locked_folder(out):
-        run = {"baseline": config.kind, "config": asdict(config), "seed": seed, "cohort": cohort.digest}
+        recorded = asdict(config)
+        # The seed stands beside the config, where runs that began before it was one of its settings have it.
+        run = {"baseline": config.kind, "seed": recorded.pop("seed"), "config": recorded, "cohort": cohort.digest}
         record_run(out, run | {"precision": chosen})
-        condition_NF = ranges.normalise(covariates_array(people.covariates))
+        condition_NF = covariates.conditions(people.covariates)
         if cache is not None:
             people.keep_uncompressed(cache, progress)
-        stage = GanStage(config, net, people, condition_NF, seed=seed, device=where, precision=chosen)
+        stage = GanStage(config, net, people, condition_NF, seed=config.seed, device=where, precision=chosen)
         summary = run_stage(stage, out / stage.name, minutes=minutes, tensorboard=tensorboard, progress=progress)
         training: dict[str, Any] = {
             "baseline": config.kind,
-            "seed": seed,
+            "seed": config.seed,
             "cohort": cohort.name,
             "split_by": dict(cohort.split_by),
             "training_images": len(people),
@@ -99,9 +105,7 @@ def train_gan(
                 covariates=net.covariates,
                 norm_groups=net.norm_groups,
             ),
-            covariates=CovariatesDescription(
-                ranges=ranges.to_json(), joint=CovariateModel.fitted(people.covariates).to_json()
-            ),
+            covariates=covariates,
             grid=GridDescription.of(cohort.grid),
             preprocessing=dict(cohort.preprocessing),
             training=training,

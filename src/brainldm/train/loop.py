@@ -23,7 +23,7 @@ import torch
 
 from brainldm.base.errors import BadInput, BrainldmError, UsageError
 from brainldm.base.feeding import Feed
-from brainldm.base.files import make_folder, write_json, write_text, writing
+from brainldm.base.files import make_folder, read_json, write_json, write_text, writing
 from brainldm.base.progress import Progress, Quiet
 from brainldm.model.tensors import write_tensors
 from brainldm.train.checkpoint import Checkpoint, drop_newer, load_newest, save_checkpoint
@@ -134,7 +134,7 @@ def run_stage(
                 path=folder,
             )
         stage.restore(found.tensors)
-        done, seconds_before = found.step, found.seconds
+        done, seconds_before = found.step, _seconds_until(found, folder)
         if place.leads:
             drop_newer(checkpoints, done)
     board = Board(folder / "tensorboard", done) if tensorboard and place.leads else None
@@ -182,7 +182,7 @@ def run_stage(
         "steps": done,
         "planned_steps": stage.steps,
         "processes": place.processes,
-        "seconds": round(seconds, 1),
+        "seconds": seconds,  # not rounded: a time limit that was reached stays so
         "images_per_second": done * pace.images_a_step / max(seconds, 1e-9),
         "data_wait_share": log.waited_seconds() / max(seconds, 1e-9) if place.leads else 0.0,
         "last": log.mean_of_last(50) if place.leads else {},
@@ -190,6 +190,14 @@ def run_stage(
     if place.leads:
         write_json(folder / "summary.json", summary)
     return place.from_leader(summary)
+
+
+def _seconds_until(found: Checkpoint, folder: Path) -> float:
+    """The training time until that checkpoint, with its saving and preview where the stage ended there: they may have
+    taken the rest of a time limit, and the checkpoint cannot know of them."""
+    path = folder / "summary.json"
+    told = read_json(path) if path.is_file() else {}
+    return max(found.seconds, told["seconds"]) if told.get("steps") == found.step else found.seconds
 
 
 def _save(stage: Stage, checkpoints: Path, step: int, seconds: float, log: _Log, place: Place) -> None:

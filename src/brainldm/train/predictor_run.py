@@ -43,17 +43,19 @@ def train_predictor(
     config: PredictorConfig = PredictorConfig(),
     steps: int | None = None,
     minutes: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     device: str = "auto",
     precision: str = "auto",
     progress: Progress = Quiet(),
 ) -> Predictor:
     """Trains the predictor of `what` (age or sex) on the training people of the cohort `data`, and tells how well it
-    does on everybody held out. Goes on where an interrupted run stopped; UsageError where `out` holds another run."""
+    does on everybody held out. Goes on where an interrupted run stopped; UsageError where `out` holds another run.
+    `steps` and `seed` replace the config's."""
     target = TARGETS[what]
     one_process_only("a predictor")
     check_asked(steps, minutes)
     config = config if steps is None else replace(config, steps=steps)
+    config = config if seed is None else replace(config, seed=seed)
     cohort = PreparedCohort.open(data)
     people, validation = VolumeDataset(cohort, "train"), VolumeDataset(cohort, "validation")
     config = replace(config, batch=min(config.batch, max(2, len(people) // 2)))
@@ -70,7 +72,9 @@ def train_predictor(
             remedy="Choose a smaller --averaging, 1 or more.",
         ) from error
     with locked_folder(out):
-        run = {"predictor": what, "config": asdict(config), "seed": seed, "cohort": cohort.digest}
+        recorded = asdict(config)
+        # The seed stands beside the config, where runs that began before it was one of its settings have it.
+        run = {"predictor": what, "seed": recorded.pop("seed"), "config": recorded, "cohort": cohort.digest}
         record_run(out, run | {"precision": chosen})
         stage = PredictorStage(
             target,
@@ -78,7 +82,7 @@ def train_predictor(
             people,
             validation,
             shape_XYZ=cohort.grid.shape_XYZ,
-            seed=seed,
+            seed=config.seed,
             device=where,
             precision=chosen,
         )
@@ -95,8 +99,8 @@ def train_predictor(
                 "split_by": dict(cohort.split_by),
                 "training_images": len(people),
                 "steps": summary["steps"],
-                "seed": seed,
-                "held_out": held_out_figures(stage, cohort, seed),
+                "seed": config.seed,
+                "held_out": held_out_figures(stage, cohort, config.seed),
                 "software": {"brainldm": brainldm.__version__, "torch": torch.__version__},
             },
             out / "predictor",

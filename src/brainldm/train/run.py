@@ -25,7 +25,7 @@ import torch
 import brainldm
 from brainldm.base.covariates import CovariateRanges, Covariates
 from brainldm.base.errors import EnvironmentProblem, UsageError
-from brainldm.base.files import locked_folder, read_json, write_json
+from brainldm.base.files import locked_folder, read_json, read_json_object, write_json
 from brainldm.base.manifest import Manifest
 from brainldm.base.progress import Progress, Quiet
 from brainldm.cohort.dataset import PreparedCohort, VolumeDataset, check_trainable, warn_of_flagged
@@ -33,9 +33,11 @@ from brainldm.model.description import LatentDescription, LatentDiffusionDescrip
 from brainldm.model.folder import save_model
 from brainldm.model.latent_diffusion import LatentDiffusion
 from brainldm.model.latent_population import FEWEST_FOR_A_POPULATION, LatentPopulation
+from brainldm.model.memory import SLAB_BYTES
 from brainldm.model.precision import autocast, choose_device, choose_precision
 from brainldm.model.volume_reader import LEAST_EXPLAINED, VolumeReader
 from brainldm.nets.atlas import AnyAutoencoder, AtlasAutoencoderConfig
+from brainldm.nets.slabs import decode_in_slabs
 from brainldm.train.autoencoder_stage import AutoencoderStage
 from brainldm.train.checkpoint import load_newest
 from brainldm.train.config import STAGES, AutoencoderStageConfig, Recipe
@@ -80,19 +82,19 @@ def train(
 ) -> TrainSummary:
     """Trains `recipe` on the prepared cohort `data` in `out`, going on from whatever is already there.
 
-    `stage` is `autoencoder`, `diffusion` or `all`; `steps` replaces the recipe's steps of the stages trained; `minutes`
-    bounds the training time, divided between the stages as the recipe says. Started by torchrun, the processes share
-    every batch, and with `shard` the weights as well. `perceptual_weights` are the files that the recipe's perceptual
-    distance needs (train/perceptual), if any; `cache` is where training images that do not fit in memory lie
-    uncompressed (default: OUT/cache). `start_from` is a model whose weights the stages begin with (train/start_model);
-    with `stage` diffusion its autoencoder is used as it is. UsageError where the data cannot be trained on, the batch
-    not be shared, or `out` holds another run; all of it before the first step.
+    `stage` is `autoencoder`, `diffusion` or `all`; `steps` replaces the recipe's steps of the stages trained, and a
+    stage that is left out keeps those recorded in `out`; `minutes` bounds the training time, divided between the stages
+    as the recipe says. Started by torchrun, the processes share every batch, and with `shard` the weights as well.
+    `perceptual_weights` are the files that the recipe's perceptual distance needs (train/perceptual), if any; `cache`
+    is where training images that do not fit in memory lie uncompressed (default: OUT/cache). `start_from` is a model
+    whose weights the stages begin with (train/start_model); with `stage` diffusion its autoencoder is used as it is.
+    UsageError where the data cannot be trained on, the batch not be shared, or `out` holds another run; all of it
+    before the first step.
     """
     if stage not in (*STAGES, "all"):
         raise UsageError(f"there is no stage {stage!r}.", remedy=f"Choose one of: {', '.join(STAGES)}, all.")
     stages = STAGES if stage == "all" else (stage,)
     check_asked(steps, minutes)
-    recipe = _with_steps(recipe, stages, steps)
     cohort = PreparedCohort.open(data)
     where = choose_device(device)
     if tensorboard:
@@ -102,12 +104,25 @@ def train(
         together(where) as place,
         locked_folder(out) if place.leads else contextlib.nullcontext(),
     ):
-        shown = EndsBetween(progress if place.leads else Quiet(), asked)
-        run = _Run(recipe, cohort, out, where, precision, shown, place, shard)
-        run.cache, run.tensorboard = cache, tensorboard
-        if start_from is not None:
-            run.start = start_model(start_from, recipe, cohort.grid)
-        run.choose_perceptual(perceptual_weights, needed="autoencoder" in stages)
+        recipe = _with_steps(recipe, stages, steps, out)
+        # Before the start model is read, which is compared with the networks that this proves can be built.
+        smallest_side = min(cohort.grid.shape_XYZ) // _downsampling(recipe)
+        run = _Run(
+            recipe=recipe,
+            cohort=cohort,
+            train=VolumeDataset(cohort, "train"),
+            validation=VolumeDataset(cohort, "validation"),
+            out=out,
+            device=where,
+            precision=choose_precision(precision, where, trained_side=smallest_side),
+            start=None if start_from is None else start_model(start_from, recipe, cohort.grid),
+            perceptual=_perceptual(recipe, perceptual_weights, cohort, out, needed="autoencoder" in stages),
+            cache=cache,
+            tensorboard=tensorboard,
+            place=place,
+            shard=shard,
+            progress=EndsBetween(progress if place.leads else Quiet(), asked),
+        )
         budget = dict.fromkeys(STAGES, minutes)
         if minutes is not None and stage == "all":
             budget = {name: minutes * share for name, share in recipe.minutes_share.items()}
@@ -122,58 +137,67 @@ def train(
     return TrainSummary(out, model, summaries)
 
 
-def _with_steps(recipe: Recipe, stages: tuple[str, ...], steps: int | None) -> Recipe:
-    if steps is None:
-        return recipe
-    changed = {name: replace(getattr(recipe, name), steps=steps) for name in stages}
-    return replace(recipe, **changed)
+def _with_steps(recipe: Recipe, stages: Sequence[str], steps: int | None, out: Path) -> Recipe:
+    """The recipe with the `steps` asked for, if any, for the stages trained now; for the others with those recorded in
+    `out`, where the recipe's own would take their place."""
+    recorded = _recorded(out).get("recipe", {})
+    for name in STAGES:
+        config = getattr(recipe, name)
+        wanted = steps if name in stages else recorded.get(name, {}).get("steps")
+        recipe = replace(recipe, **{name: replace(config, steps=wanted or config.steps)})
+    return recipe
 
 
+def _recorded(out: Path) -> dict[str, Any]:
+    """What run.json says of the run in `out`; nothing where there is none yet."""
+    path = out / "run.json"
+    return read_json_object(path) if path.is_file() else {}
+
+
+def _downsampling(recipe: Recipe) -> int:
+    """How many voxels along an image's edge become one of the U-Net's coarsest map. UsageError where no such U-Net or
+    noise schedule can be built."""
+    try:
+        unet = unet_config(recipe.diffusion, recipe.autoencoder.net.latent_channels)
+        schedule_description(recipe.diffusion).build()
+    except ValueError as error:
+        raise UsageError(
+            f"no stage 2 can be made of recipe {recipe.name!r}: {error}.",
+            remedy="Change it: --set diffusion.NAME=VALUE.",
+        ) from error
+    return recipe.autoencoder.net.downsampling * unet.downsampling
+
+
+def _perceptual(
+    recipe: Recipe, weights: Sequence[Path], cohort: PreparedCohort, out: Path, *, needed: bool
+) -> PerceptualChoice:
+    """The perceptual distance, its weights proven. Stage 2 alone does not need them: what is recorded stays."""
+    config = recipe.autoencoder
+    if needed and config.perceptual_weight > 0:
+        return PerceptualChoice.of(config.perceptual, weights, cohort.grid.shape_XYZ)
+    return PerceptualChoice(config.perceptual, sha256=tuple(_recorded(out).get("perceptual_weights_sha256", ())))
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Run:
     """What the stages of one run share."""
 
-    cache: Path | None = None
-    tensorboard: bool = False
-    start: LatentDiffusion | None = None
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        cohort: PreparedCohort,
-        out: Path,
-        device: torch.device,
-        precision: str,
-        progress: EndsBetween,
-        place: Place,
-        shard: bool,
-    ) -> None:
-        self.recipe, self.cohort, self.out, self.device, self.progress = recipe, cohort, out, device, progress
-        self.place, self.shard = place, shard
-        try:
-            unet = unet_config(recipe.diffusion, recipe.autoencoder.net.latent_channels)
-            schedule_description(recipe.diffusion).build()
-        except ValueError as error:
-            raise UsageError(
-                f"no stage 2 can be made of recipe {recipe.name!r}: {error}.",
-                remedy="Change it: --set diffusion.NAME=VALUE.",
-            ) from error
-        self.downsampling = recipe.autoencoder.net.downsampling * unet.downsampling
-        smallest_side = min(cohort.grid.shape_XYZ) // self.downsampling
-        self.precision = choose_precision(precision, device, trained_side=smallest_side)
-        self.train = VolumeDataset(cohort, "train")
-        self.validation = VolumeDataset(cohort, "validation")
+    recipe: Recipe
+    cohort: PreparedCohort
+    train: VolumeDataset
+    validation: VolumeDataset
+    out: Path
+    device: torch.device
+    precision: str
+    start: LatentDiffusion | None
+    perceptual: PerceptualChoice
+    cache: Path | None
+    tensorboard: bool
+    place: Place
+    shard: bool
+    progress: EndsBetween
 
     # ---- before the first step ----------------------------------------------------------------------------------
-
-    def choose_perceptual(self, weights: Sequence[Path], *, needed: bool) -> None:
-        """Proves the weights of the perceptual distance. Stage 2 alone does not need them: what is recorded stays."""
-        config = self.recipe.autoencoder
-        self.perceptual = PerceptualChoice(config.perceptual)
-        if needed and config.perceptual_weight > 0:
-            self.perceptual = PerceptualChoice.of(config.perceptual, weights, self.cohort.grid.shape_XYZ)
-        elif (self.out / "run.json").is_file():
-            recorded = read_json(self.out / "run.json").get("perceptual_weights_sha256", ())
-            self.perceptual = PerceptualChoice(config.perceptual, sha256=tuple(recorded))
 
     def check_and_record(self, stages: tuple[str, ...], autoencoder_minutes: float | None) -> None:
         """Refuses what cannot be trained, then records the run, or compares it with the one recorded here."""
@@ -184,9 +208,10 @@ class _Run:
                 "there is nothing to shard in one process.", remedy="Start several: torchrun --nproc-per-node N ..."
             )
         check_trainable(self.train, self.recipe.autoencoder.batch)
-        if any(n % self.downsampling for n in self.cohort.grid.shape_XYZ):
+        downsampling = _downsampling(self.recipe)
+        if any(n % downsampling for n in self.cohort.grid.shape_XYZ):
             raise UsageError(
-                f"the grid {self.cohort.grid.shape_XYZ} is not divisible by {self.downsampling}, what the autoencoder "
+                f"the grid {self.cohort.grid.shape_XYZ} is not divisible by {downsampling}, what the autoencoder "
                 f"and the U-Net of recipe {self.recipe.name!r} divide it by together.",
                 remedy="Choose another recipe or another grid.",
             )
@@ -242,8 +267,7 @@ class _Run:
 
     def _warn_of_learning_rates_that_rise(self, stages: Sequence[str]) -> None:
         """Where a run that goes on is made longer than its learning rate was falling over."""
-        path = self.out / "run.json"
-        recorded = read_json(path).get("recipe", {}) if path.is_file() else {}
+        recorded = _recorded(self.out).get("recipe", {})
         for name in stages:
             config, before = getattr(self.recipe, name), recorded.get(name, {}).get("steps", math.inf)
             if config.cosine_decay and config.steps > before and (self.out / name / "checkpoints").is_dir():
@@ -392,34 +416,16 @@ class _Run:
         )
         stage.facts = {"latents": key}
         here = None if population is None else LatentPopulation.from_tensors(population.tensors(), self.device)
-        stage.sample_preview = LatentDiffusion(description, autoencoder, stage.unet, population=here)
+        stage.sample_preview = LatentDiffusion(
+            description, autoencoder, stage.unet, slab_bytes=SLAB_BYTES, population=here
+        )
         summary = self._run(stage, minutes)
         unet = stage.trained_unet()
         if not self.place.leads:
             return summary
         reader, reader_facts = self._volume_reader(latents, autoencoder, people, key)
-        training = {
-            "recipe": self.recipe.name,
-            "settings": list(self.recipe.settings),
-            "seed": self.recipe.seed,
-            "cohort": self.cohort.name,
-            "split_by": dict(self.cohort.split_by),
-            "training_images": len(self.train),
-            "validation_images": len(self.validation),
-            "perceptual": self.recipe.autoencoder.perceptual
-            if self.recipe.autoencoder.perceptual_weight > 0
-            else "none",
-            "perceptual_weights_sha256": list(self.perceptual.sha256),
-            "volumes": "as decoded" if config.volumes_as_decoded else "as recorded",
-            "volume_reader": reader_facts,
-            "autoencoder": autoencoder_summary,
-            "diffusion": summary,
-            "started_from": self.start_facts,
-            "precision": self.precision,
-            "versions": {"brainldm": brainldm.__version__, "torch": torch.__version__},
-        }
         model = LatentDiffusion(
-            self._description(latents, scale, training, reader),
+            self._description(latents, scale, self._training_facts(autoencoder_summary, summary, reader_facts), reader),
             autoencoder,
             unet,
             population=population,
@@ -427,6 +433,30 @@ class _Run:
         )
         save_model(self.out / "model", model)
         return summary
+
+    def _training_facts(
+        self, autoencoder: dict[str, Any], diffusion: dict[str, Any], reader: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """What model.json says of the training, with the summaries of both stages and how well volumes are read."""
+        config = self.recipe.autoencoder
+        return {
+            "recipe": self.recipe.name,
+            "settings": list(self.recipe.settings),
+            "seed": self.recipe.seed,
+            "cohort": self.cohort.name,
+            "split_by": dict(self.cohort.split_by),
+            "training_images": len(self.train),
+            "validation_images": len(self.validation),
+            "perceptual": config.perceptual if config.perceptual_weight > 0 else "none",
+            "perceptual_weights_sha256": list(self.perceptual.sha256),
+            "volumes": "as decoded" if self.recipe.diffusion.volumes_as_decoded else "as recorded",
+            "volume_reader": reader,
+            "autoencoder": autoencoder,
+            "diffusion": diffusion,
+            "started_from": self.start_facts,
+            "precision": self.precision,
+            "versions": {"brainldm": brainldm.__version__, "torch": torch.__version__},
+        }
 
     def _covariates_of(self, latents: Latents, autoencoder: AnyAutoencoder, key: str) -> list[Covariates]:
         """What the U-Net is told of each latent: the recorded covariates, changed as an augmentation changed the image
@@ -450,7 +480,8 @@ class _Run:
 
         def decoded_XYZ(index: int) -> np.ndarray:
             with torch.no_grad(), autocast(self.device, self.precision):
-                image_BCXYZ = autoencoder.decode(latents.mean_BCXYZ([index]).to(self.device))
+                latent_BCXYZ = latents.mean_BCXYZ([index]).to(self.device)
+                image_BCXYZ = decode_in_slabs(autoencoder, latent_BCXYZ, SLAB_BYTES)
             return image_BCXYZ[0, 0].float().cpu().numpy()
 
         return decoded_XYZ

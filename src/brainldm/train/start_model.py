@@ -6,6 +6,7 @@ it is. What belongs to a cohort is made anew: covariate ranges, latents and thei
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from brainldm.base.errors import UsageError
@@ -19,9 +20,19 @@ from brainldm.train.diffusion_stage import schedule_description, unet_config
 
 def start_model(folder: Path, recipe: Recipe, grid: Grid) -> LatentDiffusion:
     """The model in `folder`, float32, on the CPU. BadInput for a folder that holds none; UsageError where its networks
-    are not those of `recipe` or mean something else, or its images are not on `grid`."""
+    are not those of `recipe` or mean something else, or its images are not on `grid`.
+
+    Networks that learnt people from right to left, as the published ones did, are taken with a warning: half of their
+    images were mirrored (Pinaya et al. 2022), so that hardly anything they know is of one side.
+    """
     model = load_latent_diffusion(folder)
     theirs = model.description
+    if theirs.grid.network_x != "left_to_right":
+        print(  # noqa: T201
+            f"warning: the networks of {theirs.name!r} learnt images that run from right to left; training shows them "
+            "people from left to right. What they know of either side is learnt anew.",
+            file=sys.stderr,
+        )
     net = recipe.autoencoder.net
     ours = {"autoencoder": net, "U-Net": unet_config(recipe.diffusion, net.latent_channels)}
     of_model = {"autoencoder": theirs.autoencoder, "U-Net": theirs.unet}
@@ -48,6 +59,16 @@ def start_model(folder: Path, recipe: Recipe, grid: Grid) -> LatentDiffusion:
                 remedy=_remedy(theirs, recipe),
                 path=folder,
             )
+    scale, asked = theirs.latent.scale, diffusion.latent_scale
+    # One that was measured there is about what is measured here; 1 is of latents as they are.
+    if not theirs.latent.by_population and (scale == 1 if asked is None else scale != asked):
+        raise UsageError(
+            f"the U-Net of {theirs.name!r} learnt latents of scale {scale:g}, and recipe {recipe.name!r} "
+            f"{'measures its own' if asked is None else f'takes {asked:g}'}: it would be shown other latents than it "
+            "knows.",
+            remedy=f"Add --set diffusion.latent_scale={scale:.17g}.",
+            path=folder,
+        )
     if model.grid.shape_XYZ != grid.shape_XYZ or model.grid.voxel_mm != grid.voxel_mm:
         raise UsageError(
             f"images of {theirs.name!r} have {model.grid.shape_XYZ} voxels of {model.grid.voxel_mm:g} mm, the cohort's "
