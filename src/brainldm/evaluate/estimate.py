@@ -82,11 +82,9 @@ def pearson_r(x: Sequence[float], y: Sequence[float]) -> Estimate:
     # At |r| = 1 the transform is infinite; one rounding step below keeps the interval finite and as narrow.
     z = math.atanh(min(max(r, -1 + 1e-15), 1 - 1e-15))
     half = float(stats.norm.ppf(0.5 + CONFIDENCE / 2)) / math.sqrt(n - 3)
-    x_without, y_without, xy_without = (
-        _products_without(*pair) for pair in ((first,) * 2, (second,) * 2, (first, second))
-    )
+    squares = _products_without(first, first) * _products_without(second, second)
     with np.errstate(divide="ignore", invalid="ignore"):
-        r_without = np.clip(xy_without / np.sqrt(x_without * y_without), -1 + 1e-15, 1 - 1e-15)
+        r_without = np.clip(_products_without(first, second) / np.sqrt(squares), -1 + 1e-15, 1 - 1e-15)
     half = max(half, _jackknife_half(np.arctanh(r_without)))
     return Estimate(r, math.tanh(z - half), math.tanh(z + half), n, "Fisher z or jackknife, the wider")
 

@@ -1,11 +1,11 @@
 """How far two sets lie apart, read against how far parts of one set do.
 
 A distance between finite sets is never 0, and shrinks as they grow, so a bare value says little. Here sets of one size
-are compared: random synthetic images with random real ones, and such parts of either set with each other. The range over
-such draws is an interval too: as half of a sample varies about the whole, so the whole varies about its population (the
-jackknife that leaves out half, Shao and Wu 1989). So half of the real people must be left out of every draw, also of the
-two parts that are compared with each other: a part is a quarter of them at most. The range then holds the population's
-value about as often as it says or more often, since a mean over draws varies less than a draw.
+are compared: random synthetic images with random real ones, and such parts of either set with each other. The range
+over such draws is an interval too: as half of a sample varies about the whole, so the whole varies about its population
+(the jackknife that leaves out half, Shao and Wu 1989). So half of the real people must be left out of every draw, also
+of two parts that are compared with each other: a part is a quarter of them at most. The range then holds the
+population's value about as often as it says or more often, since a mean over draws varies less than a draw.
 """
 
 from __future__ import annotations
