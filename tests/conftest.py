@@ -81,7 +81,7 @@ def write_tiny_cohort(folder: Path, people: int, grid: Grid = TINY_GRID) -> None
             {
                 "participant_id": participant,
                 "sex": "FM"[index % 2],
-                "age_years": 45.0 + 3 * index + draw.random(),
+                "age_years": 45.0 + 3 * (index % 25) + draw.random(),
                 "ventricles_mm3": 1e5 * hole,
                 "brain_mm3": 1.4e6 + 1e5 * draw.random(),
                 "split": "train" if index < people - 2 else ("validation", "test")[index - people],

@@ -78,11 +78,41 @@ def test_a_killed_writer_leaves_the_old_file_and_a_part_that_the_next_run_sweeps
         assert [p.name for p in tmp_path.iterdir() if "lock" not in p.name] == ["a.txt"]
 
 
+def part_of(process: int, place: Path) -> Path:
+    place.mkdir(parents=True, exist_ok=True)
+    part = place / f"{PART_PREFIX}{process}-a"
+    part.touch()
+    return part
+
+
+NOBODY = 2**22 + 1  # beyond the largest number that Linux gives a process
+
+
 def test_stale_parts_are_found_anywhere_below(tmp_path: Path) -> None:
-    (tmp_path / "x" / "y").mkdir(parents=True)
-    for place in (tmp_path, tmp_path / "x" / "y"):
-        (place / f"{PART_PREFIX}1-a").touch()
-    assert remove_stale_parts(tmp_path) == 2
+    parts = [part_of(NOBODY, tmp_path), part_of(NOBODY, tmp_path / "x" / "y"), part_of(os.getpid(), tmp_path)]
+    other = tmp_path / f"{PART_PREFIX}of-another-program"
+    other.touch()
+    assert remove_stale_parts(tmp_path) == len(parts)
+    assert other.exists() and not any(part.exists() for part in parts)
+
+
+def test_what_others_are_writing_is_left(tmp_path: Path) -> None:
+    """A run locks a folder above another's: parts of processes that live here, and all below a lock (of any machine)"""
+    run = tmp_path / "project" / "run"
+    with locked_folder(run):
+        below = part_of(NOBODY, run / "model")
+        unlocked = part_of(os.getppid(), tmp_path / "project")
+        with locked_folder(tmp_path):
+            assert below.exists() and unlocked.exists()
+    assert remove_stale_parts(tmp_path) == 1 and not below.exists()
+
+
+def test_a_part_of_a_dead_process_that_nobody_waited_for_is_stale(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+    part_of(dead.pid, tmp_path)
+    assert remove_stale_parts(tmp_path) == 1
+    dead.wait()
 
 
 def test_a_file_system_without_locks_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +175,12 @@ def test_what_is_read_is_not_written_to(tmp_path: Path) -> None:
             check_output_apart(out, tmp_path / "other", study)
     for out in (tmp_path / "b", tmp_path / "a" / "study2", study / "derivatives" / "brainldm"):
         check_output_apart(out, study)
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(UsageError, match="a folder is needed"):
+        check_output_apart(loop, study)
+        make_folder(loop)
+    check_output_apart(study, loop)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -166,8 +202,21 @@ def test_json_round_trip_and_its_faults(tmp_path: Path) -> None:
         with pytest.raises(BadInput) as caught:
             read_json(path)
         assert caught.value.path == path
-    with pytest.raises(BadInput):
-        read_json(tmp_path / "none.json")
+    for path in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(BadInput) as caught:
+            read_json(path)
+        assert caught.value.remedy
+
+
+def test_a_name_that_is_no_utf_8_spoils_no_file(tmp_path: Path) -> None:
+    """Names of files come from the system with their stray bytes as surrogates."""
+    name = os.fsdecode(b"sub-\xff.nii.gz")
+    write_json(tmp_path / "a.json", {"file": name})
+    assert read_json(tmp_path / "a.json") == {"file": name}
+    Manifest(tmp_path / "manifest.jsonl").append(file=name)
+    assert Manifest(tmp_path / "manifest.jsonl").records() == [{"file": name}]
+    write_text(tmp_path / "a.txt", name)
+    assert (tmp_path / "a.txt").read_text() == r"sub-\udcff.nii.gz"
 
 
 def test_an_object_is_demanded_with_its_keys(tmp_path: Path) -> None:

@@ -120,8 +120,9 @@ def test_a_broken_table_is_refused(content: bytes, reason: str, word: str, tmp_p
 
 def test_a_table_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing.tsv", tmp_path):
-        with pytest.raises(BadInput):
+        with pytest.raises(BadInput) as caught:
             read_table(path)
+        assert caught.value.remedy
 
 
 def test_a_missing_column_is_named_with_those_present(tmp_path: Path) -> None:

@@ -57,9 +57,15 @@ def test_help_imports_nothing_heavy() -> None:
         (["train", "huge", "--data", "x", "--out", "y"], 2, "no recipe is named 'huge'"),
         (["generate", "{tmp}/nowhere", "{tmp}/out"], 3, "no such model folder"),
         (["prepare", "{tmp}/nowhere", "{tmp}/out"], 3, "nowhere"),
-        (["train", "demo", "--data", "{tmp}", "--out", "{tmp}/out"], 3, "no prepared cohort"),
+        (["train", "demo", "--data", "{tmp}/nowhere", "--out", "{tmp}/out"], 3, "there is no such folder"),
         (["info", "{tmp}"], 3, "nothing that brainldm makes or reads"),
         (["phantom", "{tmp}/out", "--grid", "3mm"], 2, "no grid is named '3mm'"),
+        (["export", "package", "demo", "{tmp}/out", "--max-megabytes", "nan"], 2, "--max-megabytes is nan"),
+        (["export", "package", "demo", "{tmp}/out", "--max-megabytes", "inf"], 2, "--max-megabytes is inf"),
+        (["train", "lsgan", "--data", "{tmp}", "--out", "{tmp}/out"], 2, "only read"),
+        (["reconstruct", "demo", "{tmp}", "{tmp}/out"], 2, "only read"),
+        (["table1", "{tmp}/out/cohort", "{tmp}/out"], 2, "only read"),
+        (["card", "demo", "{tmp}/cohort", "{tmp}/out/card", "--phantoms", "{tmp}/out"], 2, "only read"),
     ],
 )
 def test_what_goes_wrong_is_said_and_has_its_code(arguments: list[str], code: int, told: str, tmp_path: Path) -> None:
@@ -187,6 +193,12 @@ def test_next_commands_are_quoted_and_counts_have_their_noun(tiny_run: Path, tmp
     assert "1 brain made, 0 were there" in made.stdout
     told = call("phantom", tmp_path / "a phantom", "--n", 1).stdout
     assert f"1 phantom is in {tmp_path}/a phantom. Next: brainldm prepare '{tmp_path}/a phantom' COHORT" in told
+
+
+def test_a_name_that_is_no_text_can_be_told() -> None:
+    script = "from brainldm import cli\ncli.app = lambda *_, **__: cli._say('a\\udcff')\ncli.main()"
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (told.returncode, told.stdout) == (0, "a\\udcff\n"), told.stderr
 
 
 def test_the_work_goes_on_when_nobody_reads(tiny_run: Path, tmp_path: Path) -> None:

@@ -241,8 +241,8 @@ def test_the_age_at_a_session_is_that_of_its_own_table(tmp_path: Path) -> None:
     assert reasons(found) == {"sub-2": "bad_cell", "sub-5": "bad_unit"}
     assert "sub-2_sessions.tsv" in found.failures[0].message and "'650'" in found.failures[0].message
     notes = {s.participant_id: s.notes for s in found.scans}
-    assert notes["sub-1"] == ("age, group of ses-2 taken from sub-1_sessions.tsv",)
-    assert notes["sub-3"] == ("age taken from participants.tsv: sub-3_sessions.tsv has no value",)
+    assert notes["sub-1"] == ("sub-1_sessions.tsv gives age, group of ses-2",)
+    assert notes["sub-3"] == ("sub-3_sessions.tsv has no age: taken from participants.tsv",)
     assert notes["sub-4"] == notes["sub-6"] == () and found.scans[0].others == {"group": "h"}
 
 

@@ -162,6 +162,13 @@ def test_the_digest_changes_with_whatever_matters(cohort: Path, tmp_path: Path) 
         (lambda c: edited(c, "20000", "n/a"), "line 2.*'ventricles_mm3'"),
         (lambda c: edited(c, "\tF\t", "\tX\t"), "line 2.*'sex'"),
         (lambda c: edited(c, "validation", "holdout"), "line 7.*'split'"),
+        (lambda c: edited(c, "40.5", "300"), "line 2.*'age_years'.*0 to 125"),
+        (lambda c: edited(c, "20000", "0"), "line 2.*'ventricles_mm3'.*500"),
+        (lambda c: edited(c, "1300000", "1300"), "line 2.*'brain_mm3'.*millilitres"),
+        (lambda c: edited(c, "sub-4", "sub-1"), "line 6.*'sub-1' is in line 3"),
+        (lambda c: changed(c, config=None), "config"),
+        (lambda c: changed(c, preprocessing=[]), "preprocessing"),
+        (lambda c: Manifest(c / "manifest.jsonl").rewrite([{"participant_id": "sub-0", "sha256": "0"}]), "sub-0.*line"),
         (lambda c: edited(c, "sub-1", "sub-9"), "sub-9.*manifest"),
         (lambda c: next(c.glob("sub-2/anat/*")).unlink(), "sub-2.*lacks its image"),
         (lambda c: next(c.glob("sub-2/anat/*")).write_bytes(b"x"), "sub-2.*lacks its image"),
@@ -253,6 +260,17 @@ def test_another_cohort_in_the_folder_is_removed_and_written_anew(cohort: Path, 
     assert PreparedCohort.open(cohort).digest in (tmp_path / "cache" / "train.jsonl").read_text()
 
 
+@pytest.mark.parametrize("name", ["train.jsonl", "train.int16"])
+@pytest.mark.parametrize("content", ["", '{"text": "years of work"}\n', '{"key": 7}\n'])
+def test_what_is_no_cache_is_left_alone(name: str, content: str, cohort: Path, tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / name).write_text(content)
+    with pytest.raises(UsageError, match=f"holds other things: its {name}") as caught:
+        uncompressed(cohort, tmp_path / "corpus")
+    assert "another folder" in caught.value.remedy
+    assert [(p.name, p.read_text()) for p in (tmp_path / "corpus").iterdir()] == [(name, content)]
+
+
 def test_a_killed_writing_is_gone_on_with(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed with two images listed and a third half written: three more are read, none of the first two again."""
     whole = epoch_of(uncompressed(cohort, tmp_path / "cache"))
@@ -274,17 +292,22 @@ def test_a_damaged_scan_is_not_made_a_cache_of(cohort: Path, tmp_path: Path) -> 
     assert caught.value.path == path
 
 
-def test_a_damaged_cache_is_found_at_the_first_reading(cohort: Path, tmp_path: Path) -> None:
-    uncompressed(cohort, tmp_path / "cache")
+def test_a_damaged_cache_is_read_from_the_cohort_again(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fault 47"""
+    whole = epoch_of(uncompressed(cohort, tmp_path / "cache"))
     data = tmp_path / "cache" / "train.int16"
-    content = bytearray(data.read_bytes())
+    sha256, content = sha256_of(data), bytearray(data.read_bytes())
+    content[1 * 2 * 720] ^= 1
     content[3 * 2 * 720] ^= 1
     data.write_bytes(content)
-    dataset = uncompressed(cohort, tmp_path / "cache")
-    dataset.image_XYZ(2)
-    with pytest.raises(BadInput, match="image 3 of this cache differs") as caught:
-        dataset.image_XYZ(3)
-    assert "Delete the folder" in caught.value.remedy
+    np.testing.assert_array_equal(epoch_of(uncompressed(cohort, tmp_path / "cache")), whole)
+    told = capsys.readouterr().err
+    assert told.count("warning") == 1 and f"{data}: image 1 differs" in told
+    assert sha256_of(data) == sha256
+    np.testing.assert_array_equal(epoch_of(uncompressed(cohort, tmp_path / "cache")), whole)
+    assert capsys.readouterr().err == ""
 
 
 def test_no_room_is_said_before_the_first_image(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

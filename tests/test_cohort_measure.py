@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from brainldm.cohort.measure import TemplateMeasure, measured_from_tables
 from brainldm.cohort.phantom import draw_person, make_phantom
 from brainldm.cohort.register import Registration, register_to_template
 from brainldm.cohort.skull import brain_mask
+from brainldm.cohort.synthseg import SynthSegMeasure
 from brainldm.cohort.template import load_template
 
 
@@ -154,3 +157,40 @@ def test_foreign_tables_are_refused(tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("subject,hippocampus\nsub-01,3000\n")
     with pytest.raises(BadInput, match="neither a SynthSeg nor a FreeSurfer"):
         measured_from_tables(tmp_path / "other.csv")
+
+
+@pytest.fixture
+def synthseg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program of that name on the PATH, to be written."""
+    program = tmp_path / "bin" / "mri_synthseg"
+    program.parent.mkdir()
+    program.touch(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    return program
+
+
+EMPTY = Volume(np.zeros((4, 4, 4), dtype=np.float32), np.eye(4))
+
+
+def test_a_program_that_hangs_is_ended_with_all_that_it_started(
+    synthseg: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 64; mri_synthseg is a script around another program, which holds its output open."""
+    monkeypatch.setattr("brainldm.cohort.program.TIMEOUT_SECONDS", 1.0)
+    beat = tmp_path / "beat"
+    synthseg.write_text(f"#!/bin/sh\n(while :; do echo >> {beat}; sleep 0.05; done) &\nwait\n")
+    with pytest.raises(BadInput, match="mri_synthseg was still at work") as caught:
+        SynthSegMeasure()(EMPTY)
+    assert caught.value.reason == "timeout" and caught.value.remedy
+    beats = beat.read_text()
+    time.sleep(0.5)
+    assert beats and beat.read_text() == beats, "what the script started is still at work"
+
+
+def test_a_table_without_rows_is_no_volumes(synthseg: Path, tmp_path: Path) -> None:
+    columns = "subject,total intracranial,left lateral ventricle,right lateral ventricle,"
+    columns += "left inferior lateral ventricle,right inferior lateral ventricle,left cerebral cortex"
+    synthseg.write_text(f'#!/bin/sh\nwhile [ "$1" != --vol ]; do shift; done\necho "{columns}" > "$2"\n')
+    with pytest.raises(BadInput, match="wrote no volumes") as caught:
+        SynthSegMeasure()(EMPTY)
+    assert caught.value.remedy

@@ -314,6 +314,31 @@ def test_ids_of_any_kind(label: str, tmp_path: Path, in_place: list[str], monkey
     assert all(dataset.image_XYZ(i).max() == 1 for i in range(2))
 
 
+def test_nothing_said_of_a_hostile_study_is_a_formula(tmp_path: Path, in_place: list[str]) -> None:
+    """Fault 66: its own cells stay as they are."""
+    study = write_study(tmp_path / "balls", 4)
+    for index, session in ((0, ""), (1, "ses-1")):
+        old = study / f"sub-{index:02d}" / "anat" / f"sub-{index:02d}_T1w.nii.gz"
+        folder = study / f"sub-=cmd{index}" / session / "anat"
+        folder.mkdir(parents=True)
+        old.rename(folder / "_".join(filter(None, (f"sub-=cmd{index}", session, "T1w.nii.gz"))))
+        shutil.rmtree(study / f"sub-{index:02d}")
+    (study / "sub-=cmd0/anat/sub-=cmd0_T1w.nii.gz").write_bytes(b"")
+    (study / "sub-=cmd1/sub-=cmd1_sessions.tsv").write_text("session_id\t=1+1\nses-1\t@SUM(A1)\n")
+    rows = (study / "participants.tsv").read_text().replace("group", "=1+1").replace("\tg0\t", "\t=g0\t")
+    rows = rows.replace("sub-00", "=cmd0").replace("sub-01", "=cmd1").replace("sub-02", "-02")
+    (study / "participants.tsv").write_text(rows)
+    with pytest.raises(PartialFailure):
+        prepare_study(study, tmp_path / "out", CONFIG)
+    people, quality, failures = (
+        table(tmp_path / "out", f"{name}.tsv") for name in ("participants", "quality", "failures")
+    )
+    assert people["sub-=cmd1"]["=1+1"] == "@SUM(A1)"
+    assert "=1+1" in quality["sub-=cmd1"]["notes"] and len(failures) == 3
+    cells = [text for rows in (quality, failures) for row in rows.values() for text in row.values()]
+    assert not [text for text in cells if text.startswith(("=", "+", "-", "@"))]
+
+
 @pytest.mark.parametrize("label", ["new\nline", "tab\there", "a" * 230])
 def test_ids_that_cannot_name_anything_are_listed(label: str, tmp_path: Path, in_place: list[str]) -> None:
     """Fault 25"""
@@ -745,6 +770,17 @@ def test_an_installed_unires_is_driven_with_the_authors_settings(
     np.testing.assert_allclose(image, brain(1) / brain(1).max(), atol=2e-4)
     transforms = read_json(next(out.glob("sub-00/anat/*_xfm.json")))
     assert transforms["method"] == "unires" and transforms["mni_from_scan"] is None
+
+
+def test_a_unires_that_hangs_is_listed(
+    tmp_path: Path, in_place: list[str], fake_unires: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (fake_unires / "run.py").write_text("import time\ndef preproc(paths, chosen):\n    time.sleep(300)\n")
+    monkeypatch.setattr("brainldm.cohort.program.TIMEOUT_SECONDS", 0.5)
+    config = PrepareConfig(grid="4mm", register="unires")
+    with pytest.raises(BadInput, match="UniRes was still at work") as caught:
+        prepare_study(write_study(tmp_path / "balls", 1), tmp_path / "out", config)
+    assert caught.value.reason == "timeout" and caught.value.remedy
 
 
 def test_a_scan_that_unires_cannot_align_is_listed(tmp_path: Path, in_place: list[str], fake_unires: Path) -> None:

@@ -81,6 +81,25 @@ def test_people_are_matched_with_and_without_sub_and_by_session(tiny_cohort: Pat
         check_instrument(study, tmp_path / "out", against="v", instrument=Sum())
 
 
+def test_what_is_known_under_the_instrument_s_own_name_is_not_compared_with_itself(
+    tiny_cohort: Path, tmp_path: Path
+) -> None:
+    study = tmp_path / "study"
+    study.mkdir()
+    for i, scan in enumerate(sorted(tiny_cohort.rglob("*_T1w.nii.gz"))[:4]):
+        (study / f"sub-{i}.nii.gz").symlink_to(scan)
+    people = [{"participant_id": f"sub-{i}", "ventricles_mm3": 7 * i} for i in range(4)]
+    write_table(study / "participants.tsv", ("participant_id", "ventricles_mm3"), people)
+    check = check_instrument(study, tmp_path / "out", against="ventricles_mm3", instrument=Sum())
+    found = read_table(tmp_path / "out" / "measured.tsv")
+    measured, known = (
+        [found.number(row, column) or 0.0 for row in range(4)] for column in ("ventricles_mm3", "ventricles_mm3_known")
+    )
+    assert known == [0, 7, 14, 21] and min(measured) > 100
+    assert check.agreement is not None
+    assert check.agreement.bias.value == pytest.approx(sum(measured) / 4 - 10.5)
+
+
 def test_two_values_of_one_person_are_told_by_line_and_sessions_apart(tiny_cohort: Path, tmp_path: Path) -> None:
     study, scans = tmp_path / "study", sorted(tiny_cohort.rglob("*_T1w.nii.gz"))
     for i in (1, 2):

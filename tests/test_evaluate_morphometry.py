@@ -91,7 +91,7 @@ def test_two_tables_of_anybodys(tmp_path: Path) -> None:
         compare_tables(tmp_path / "other.tsv", tmp_path / "real.tsv", tmp_path / "none")
     before = (tmp_path / "out" / "regions.tsv").read_bytes()
     (tmp_path / "link.tsv").symlink_to("out/regions.tsv")
-    with pytest.raises(UsageError, match="link.tsv: the output would overwrite"):
+    with pytest.raises(UsageError, match=r"link\.tsv: the output would overwrite"):
         compare_tables(tmp_path / "made.tsv", tmp_path / "link.tsv", tmp_path / "out")
     assert (tmp_path / "out" / "regions.tsv").read_bytes() == before
 

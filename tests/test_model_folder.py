@@ -141,14 +141,21 @@ def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
         (lambda c: c["grid"].update(shape_XYZ=[8, 8, 8]), "latent shape"),
         (lambda c: c["autoencoder"].update(channels=[16, 32]), "does not fit"),
         (lambda c: c["weights"].pop("unet.safetensors"), "does not list"),
+        (lambda c: c["weights"].update({"unet.safetensors": "here"}), "weights"),
+        (lambda c: c.update(kind=[]), "of kind"),
+        (lambda c: c["covariates"]["ranges"]["age_years"].update(low=90.0, high=40.0), "age_years is 90 to 40"),
+        (lambda c: c["covariates"]["ranges"]["age_years"].pop("low"), "ranges are incomplete"),
+        (lambda c: c["covariates"]["joint"].update(male_probability=2), "joint distribution"),
+        (lambda c: c["covariates"]["joint"].update(people=float("inf")), "joint distribution"),
     ],
 )
 def test_damaged_description_is_refused_by_field(
     model_folder: Path, change: Callable[[dict], object], told: str
 ) -> None:
     edit(model_folder, change)
-    with pytest.raises(BadInput, match=told):
+    with pytest.raises(BadInput, match=told) as caught:
         load_model(model_folder)
+    assert caught.value.path is not None and caught.value.path.parent == model_folder
 
 
 def test_changed_weights_are_refused(model_folder: Path) -> None:

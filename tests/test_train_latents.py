@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from brainldm.cohort.dataset import PreparedCohort, VolumeDataset
 from brainldm.model.folder import load_latent_diffusion
@@ -63,6 +64,15 @@ def test_an_interrupted_encoding_goes_on_with_the_parts_that_are_whole(
     torn.write_bytes(torn.read_bytes()[:-1])
     encoded(tmp_path / "run")
     assert len(images) == 3, "only the damaged part is encoded again"
+    flipped = bytearray(torn.read_bytes())
+    flipped[-1] ^= 1
+    torn.write_bytes(flipped)
+    mended = encoded(tmp_path / "run")
+    assert len(images) == 3, "a number that another took the place of is no latent"
+    assert torch.equal(mended.kept.whole("mean"), mean_NCXYZ)
+    save_file(load_file(torn), torn)
+    encoded(tmp_path / "run")
+    assert images == [], "what an earlier version wrote has no SHA-256 and stays"
     encoded(tmp_path / "run", key="another autoencoder")
     assert images == everybody_twice
     assert len(list((tmp_path / "run").glob("*.safetensors"))) == -(-2 * n // 3), "what is of no use is kept"

@@ -115,7 +115,11 @@ class CovariateRanges:
     def __post_init__(self) -> None:
         for name, low, high in zip(COVARIATES, self.low, self.high):
             if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-                raise BadInput(f"the range of {name} is {low:g} to {high:g}, which is none.", reason="bad_range")
+                raise BadInput(
+                    f"the range of {name} is {low:g} to {high:g}, which is none.",
+                    remedy="Restore the model from where it came.",
+                    reason="bad_range",
+                )
             if low == high and name != "sex":
                 raise BadInput(
                     f"everybody has the same {name}, {low:g}: a model cannot learn what it does.",
@@ -127,7 +131,11 @@ class CovariateRanges:
     def fitted(cls, rows: Sequence[Covariates]) -> CovariateRanges:
         """The ranges of these people, who should be the training split and nobody else."""
         if not rows:
-            raise BadInput("there is nobody to take covariate ranges from.", reason="no_training_images")
+            raise BadInput(
+                "there is nobody to take covariate ranges from.",
+                remedy="Prepare a study with more people, or with a smaller --holdout.",
+                reason="no_training_images",
+            )
         values = covariates_array(rows)
         low, high = values.min(axis=0).tolist(), values.max(axis=0).tolist()
         return cls((low[0], low[1], low[2], low[3]), (high[0], high[1], high[2], high[3]))
@@ -176,6 +184,7 @@ class CovariateRanges:
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(
                 f"the covariate ranges are incomplete: {', '.join(COVARIATES)} each need a low and a high.",
+                remedy="Restore the model from where it came.",
                 reason="bad_ranges",
             ) from error
         (a, b), (c, d), (e, f), (g, h) = pairs

@@ -26,9 +26,10 @@ def describe(path: Path) -> dict[str, Any]:
     if named is not None:
         return _model(shipped_folder(named))
     if not path.exists():
-        raise BadInput("there is no such file or folder.", path=path, reason="missing")
+        raise BadInput("there is no such file or folder.", remedy="Check the path.", path=path, reason="missing")
     raise BadInput(
         f"is nothing that brainldm makes or reads (none of {', '.join(_TELLERS)} is in it).",
+        remedy="Name a scan, a BIDS study, or the very folder that a command of brainldm wrote.",
         path=path,
         reason="unknown_kind",
     )
@@ -52,7 +53,7 @@ def _model(path: Path) -> dict[str, Any]:
     content = read_json_object(path / "model.json", weights=dict)
     weights = {
         name: "whole"
-        if (path / name).is_file() and sha256_of(path / name) == facts.get("sha256")
+        if isinstance(facts, dict) and (path / name).is_file() and sha256_of(path / name) == facts.get("sha256")
         else "missing or changed"
         for name, facts in content["weights"].items()
     }

@@ -1,7 +1,8 @@
 """Files written whole or not at all.
 
 Write beside, fsync, rename: a reader sees the old file or the new one, never half of either. Part files carry the
-suffix below, are never read, and are swept away by the next run that holds the folder's lock.
+prefix below and the process that writes them, are never read, and are swept away, once it is dead, by the next run that
+holds the folder's lock.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from brainldm.base.errors import BadInput, EnvironmentProblem, UsageError
 
 PART_PREFIX = ".part-"
 LOCK_NAME = ".brainldm.lock"
+_PART = re.compile(re.escape(PART_PREFIX) + r"([0-9]+)-")
 
 
 def environment_problem(error: OSError, path: Path | None) -> EnvironmentProblem:
@@ -38,6 +41,16 @@ def environment_problem(error: OSError, path: Path | None) -> EnvironmentProblem
         remedy="Choose a folder you may write to.",
         path=path,
         reason="unwritable",
+    )
+
+
+def unreadable(error: OSError, path: Path) -> BadInput:
+    """What the system refused when `path` was to be read."""
+    return BadInput(
+        f"cannot be read: {error.strerror}.",
+        remedy="Check that it is a file, is yours to read, and lies on a disk that works.",
+        path=path,
+        reason="unreadable",
     )
 
 
@@ -59,9 +72,9 @@ def check_output_apart(out: str | Path, *inputs: str | Path) -> None:
 
     A study's derivatives/ is the one place below it where BIDS has results.
     """
-    target = Path(out).resolve()
+    target = Path(os.path.realpath(out))  # Path.resolve raises RuntimeError where links lead in a circle
     for folder in inputs:
-        source = Path(folder).resolve()
+        source = Path(os.path.realpath(folder))
         below = target.relative_to(source).parts if source in target.parents else ()
         in_derivatives = len(below) > 1 and below[0] == "derivatives"
         if target == source or target in source.parents or (below and not in_derivatives):
@@ -116,8 +129,8 @@ def write_bytes(path: str | Path, payload: bytes) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes `text` as the whole of `path` in UTF-8, atomically."""
-    write_bytes(path, text.encode("utf-8"))
+    r"""Writes `text` as the whole of `path` in UTF-8, atomically; a stray byte of a file's name becomes \udcff."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -131,9 +144,9 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
-        raise BadInput("there is no such file.", path=path, reason="missing") from error
+        raise BadInput("there is no such file.", remedy="Check the path.", path=path, reason="missing") from error
     except OSError as error:
-        raise BadInput(f"cannot be read: {error.strerror}.", path=path, reason="unreadable") from error
+        raise unreadable(error, path) from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise BadInput(
             f"is not valid JSON ({error}).",
@@ -163,11 +176,36 @@ def sha256_of(path: str | Path) -> str:
 
 
 def remove_stale_parts(folder: str | Path) -> int:
-    """Removes part files left by killed runs anywhere below `folder`; returns how many. Hold the lock."""
-    stale = list(Path(folder).rglob(f"{PART_PREFIX}*"))
-    for part in stale:
-        part.unlink(missing_ok=True)
-    return len(stale)
+    """Removes part files left by killed runs anywhere below `folder`; returns how many. Hold the lock.
+
+    Those of a process that runs here are left, and so is every folder that another run holds: its writers may be on
+    other machines.
+    """
+    removed = 0
+    for place, below, files in os.walk(folder):
+        if LOCK_NAME in files and Path(place) != Path(folder) and lock_holder(place) is not None:
+            below.clear()
+            continue
+        for name in files:
+            writer = _PART.match(name)
+            if writer is not None and not _is_running(int(writer[1])):
+                Path(place, name).unlink(missing_ok=True)
+                removed += 1
+    return removed
+
+
+def _is_running(process: int) -> bool:
+    """Whether this machine runs another process of this number. Where containers start over, a dead run had our own."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+        # What is dead and not yet waited for, which a container may never do, can still be signalled.
+        return Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, OverflowError):
+        return False
+    except (PermissionError, FileNotFoundError):  # somebody else's; a system without /proc
+        return True
 
 
 @contextlib.contextmanager

@@ -224,6 +224,8 @@ class CovariateModel:
                     raise ValueError(f"the marginal of {name} is not a table of rising scores")
                 if not (np.isfinite(m.values).all() and m.values[0] < m.values[-1] and m.low < m.high):
                     raise ValueError(f"the marginal of {name} does not rise")
+                if m.logarithmic and m.low <= 0:
+                    raise ValueError(f"the marginal of {name} has no logarithm: its lowest value is {m.low:g}")
             means = np.array(content["mean_by_sex"], dtype=float)
             covariance = np.array(content["covariance"], dtype=float)
             if means.shape != (2, 3) or covariance.shape != (3, 3):
@@ -233,9 +235,10 @@ class CovariateModel:
             if not 0 <= male_probability <= 1:
                 raise ValueError(f"male_probability is {male_probability:g}")
             people = int(content["people"])
-        except (KeyError, TypeError, ValueError, np.linalg.LinAlgError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, np.linalg.LinAlgError) as error:
             raise BadInput(
                 f"the joint distribution of the covariates is damaged or incomplete ({error}).",
+                remedy="Restore the model from where it came.",
                 reason="bad_joint_distribution",
             ) from error
         return cls(

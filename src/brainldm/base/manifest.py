@@ -32,7 +32,7 @@ class Manifest:
                 handle.seek(-1, os.SEEK_END)
                 if handle.read(1) != b"\n":
                     line = "\n" + line
-            handle.write(line.encode("utf-8"))
+            handle.write(line.encode("utf-8", "backslashreplace"))
             handle.flush()
             os.fsync(handle.fileno())
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 import os
 import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import nibabel
 import numpy as np
 
 from brainldm.base.errors import BadInput, UsageError
-from brainldm.base.files import atomic_path, sha256_of
+from brainldm.base.files import atomic_path, sha256_of, unreadable
 from brainldm.base.volume import Volume, canonical
 
 # A 0.5 mm whole head is 512 x 512 x 400, a tenth of this; the largest claims are refused before memory is asked for.
@@ -31,6 +32,8 @@ MIN_VOXEL_MM, MAX_VOXEL_MM = 0.2, 8.0
 _UNIT_IN_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 _READABLE_KINDS = "iuf"
 _HEADER_READ_BYTES = 4096  # of a compressed file: 348 bytes swell from fewer
+_START_BYTES = 512  # enough to tell what a file is that is no scan
+_PIECE_BYTES = 1 << 12  # swell to 4.2 MB at most: deflate's ratio ends at 1032
 
 Dtype = Literal["float32", "int16", "uint8", "int16_unit", "uint8_unit"]
 
@@ -54,6 +57,7 @@ def read_nifti(
     path = Path(path)
     payload, notes = _checked_bytes(path)
     header = _checked_header(path, payload)
+    _check_length(path, header, len(payload))
     notes += _header_notes(path, header, assume_orientation)
     try:
         image = nibabel.Nifti1Image.from_bytes(payload)
@@ -96,16 +100,17 @@ def _checked_bytes(path: Path) -> tuple[bytes, list[str]]:
     """The decompressed file, bounded in size; how it is compressed is read from its content, not its name."""
     check_is_regular_file(path)
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            payload = _inflated(path, file) if packed else file.read()
     except OSError as error:
-        raise BadInput(f"cannot be read: {error.strerror}.", path=path, reason="unreadable") from error
-    if not content:
+        raise unreadable(error, path) from error
+    if not (payload or packed):
         raise BadInput("the file is empty (0 bytes).", remedy="Copy it again.", path=path, reason="empty")
-    if content[:2] != b"\x1f\x8b":
-        notes = ["named .gz but not compressed"] if path.name.endswith(".gz") else []
-        return content, notes
-    notes = [] if path.name.endswith(".gz") else ["compressed although not named .gz"]
-    return _inflate(path, content), notes
+    if packed == path.name.endswith(".gz"):
+        return payload, []
+    return payload, ["compressed although not named .gz" if packed else "named .gz but not compressed"]
 
 
 def check_is_regular_file(path: Path) -> None:
@@ -119,28 +124,46 @@ def check_is_regular_file(path: Path) -> None:
         raise BadInput(f"is {kind}, not a NIfTI file.", remedy="Name a file.", path=path, reason="not_a_file")
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise BadInput(f"has {size:,} bytes; the limit is {MAX_BYTES:,}.", path=path, reason="too_large")
+        raise BadInput(
+            f"has {size:,} bytes; the limit is {MAX_BYTES:,}.",
+            remedy="Give a single 3-D T1w image.",
+            path=path,
+            reason="too_large",
+        )
 
 
-def _inflate(path: Path, content: bytes) -> bytes:
-    """Decompresses gzip, stopping as soon as more comes out than a scan of this size can hold."""
-    limit = min(MAX_BYTES, max(len(content) * MAX_INFLATION, 1 << 20))
-    inflated = bytearray()
-    rest = content
+def _inflated(path: Path, file: BinaryIO) -> bytes:
+    """What is compressed in `file`, no further than (by a piece) where its header says that the voxels end.
+
+    What follows is decompressed too, because the checksum is at the end, but not kept; nothing goes on when more comes
+    out than a scan of this size can hold.
+    """
+    size = path.stat().st_size
+    limit = min(MAX_BYTES, max(size * MAX_INFLATION, 1 << 20))
+    kept = io.BytesIO()  # grows in place and is given away without a copy, which a list of pieces is not
+    wanted, seen = _START_BYTES, 0
     try:
+        rest = file.read(_PIECE_BYTES)
         while rest.startswith(b"\x1f\x8b"):  # gzip allows several members one after the other
             inflater = zlib.decompressobj(wbits=31)
-            inflated += inflater.decompress(rest, limit - len(inflated) + 1)
-            if len(inflated) > limit:
-                raise BadInput(
-                    f"{len(content):,} compressed bytes swell to more than {limit:,}; no scan does that.",
-                    remedy="Do not trust this file; get the scan from its source.",
-                    path=path,
-                    reason="too_large",
-                )
-            if not inflater.eof:
-                raise EOFError
-            rest = inflater.unused_data
+            while not inflater.eof:
+                if not rest:
+                    raise EOFError
+                piece = inflater.decompress(rest)
+                rest = b"" if inflater.eof else file.read(_PIECE_BYTES)
+                seen += len(piece)
+                if seen > limit:
+                    raise BadInput(
+                        f"{size:,} compressed bytes swell to more than {limit:,}; no scan does that.",
+                        remedy="Do not trust this file; get the scan from its source.",
+                        path=path,
+                        reason="too_large",
+                    )
+                if kept.tell() < wanted:
+                    kept.write(piece)
+                    if wanted == _START_BYTES:
+                        wanted = max(wanted, _claimed_bytes(path, kept.getvalue()))
+            rest = inflater.unused_data + file.read(2)  # the next one's magic, whole
     except zlib.error as error:
         raise BadInput(
             f"the compressed data are damaged ({error}).",
@@ -155,7 +178,15 @@ def _inflate(path: Path, content: bytes) -> bytes:
             path=path,
             reason="truncated",
         ) from None
-    return bytes(inflated)
+    return kept.getvalue()
+
+
+def _claimed_bytes(path: Path, start: bytes) -> int:
+    """Where the voxels end by the header in `start`; 0 where it is none, which is told once nothing else is wrong."""
+    try:
+        return _end_of_voxels(_checked_header(path, start))
+    except BadInput:
+        return 0
 
 
 def _checked_header(path: Path, payload: bytes) -> np.ndarray:
@@ -203,24 +234,42 @@ def _checked_header(path: Path, payload: bytes) -> np.ndarray:
             path=path,
             reason="datatype",
         )
-    voxels = int(np.prod([float(n) for n in shape]))
+    voxels = math.prod(shape)
     if voxels > MAX_VOXELS:
         raise refuse(f"the header claims {shape} = {voxels:,} voxels; the limit is {MAX_VOXELS:,}.", "too_large")
     offset = float(header["vox_offset"])
-    if not 348 <= offset <= len(payload):
-        raise refuse(f"header field vox_offset is {offset:g} in a file of {len(payload):,} bytes.")
-    if int(offset) + voxels * dtype.itemsize > len(payload):
-        missing = int(offset) + voxels * dtype.itemsize - len(payload)
+    if not 348 <= offset <= MAX_BYTES:
+        raise refuse(f"header field vox_offset is {offset:g}; voxels begin at 348 or later, within the file.")
+    zooms = header["pixdim"][1:4].astype(float)
+    if not (np.isfinite(zooms).all() and (zooms[: min(3, len(shape))] > 0).all()):
+        raise refuse(f"header field pixdim gives voxel sizes {zooms.tolist()}; they must be above 0.")
+    return header
+
+
+def _end_of_voxels(header: np.ndarray) -> int:
+    """How long the file must be, by a header that passed its checks."""
+    shape = [int(n) for n in header["dim"][1 : int(header["dim"][0]) + 1]]
+    itemsize = nibabel.nifti1.data_type_codes.dtype[int(header["datatype"])].itemsize
+    return int(header["vox_offset"]) + math.prod(shape) * itemsize
+
+
+def _check_length(path: Path, header: np.ndarray, length: int) -> None:
+    offset = float(header["vox_offset"])
+    if offset > length:
+        raise BadInput(
+            f"header field vox_offset is {offset:g} in a file of {length:,} bytes.",
+            remedy="Convert the scan again from its source.",
+            path=path,
+            reason="bad_header",
+        )
+    missing = _end_of_voxels(header) - length
+    if missing > 0:
         raise BadInput(
             f"the voxels end {missing:,} bytes too early.",
             remedy="Copy the file again: it was cut off.",
             path=path,
             reason="truncated",
         )
-    zooms = header["pixdim"][1:4].astype(float)
-    if not (np.isfinite(zooms).all() and (zooms[: min(3, len(shape))] > 0).all()):
-        raise refuse(f"header field pixdim gives voxel sizes {zooms.tolist()}; they must be above 0.")
-    return header
 
 
 def _header_notes(path: Path, header: np.ndarray, assume_orientation: bool) -> list[str]:
@@ -231,8 +280,8 @@ def _header_notes(path: Path, header: np.ndarray, assume_orientation: bool) -> l
             raise BadInput(
                 "the header does not say how the image lies (qform and sform codes are 0), so left and right "
                 "cannot be told apart.",
-                remedy="Set the orientation at its source, or pass --assume-orientation to take the axes as right to "
-                "left, back to front, down to up.",
+                remedy="Set the orientation at its source, or have it assumed: prepare takes --assume-orientation, "
+                "by which the axes are right to left, back to front, down to up.",
                 path=path,
                 reason="orientation",
             )
@@ -273,11 +322,14 @@ def _three_dimensional(path: Path, raw: np.ndarray, volume_index: int | None) ->
         if not 0 <= volume_index < raw.shape[3]:
             raise UsageError(
                 f"volume {volume_index} was asked for; the file holds {raw.shape[3]}, counted from 0.",
+                remedy=f"Ask for one of 0 to {raw.shape[3] - 1}.",
                 path=path,
             )
         raw = raw[..., volume_index]
     if raw.ndim != 3:
-        fix = "Pick one volume with --volume, from 0." if raw.ndim == 4 else "Give a single 3-D T1w image."
+        fix = "Give a single 3-D T1w image."
+        if raw.ndim == 4:
+            fix = "Save one of its volumes as a file of its own; prepare takes --volume to pick one, from 0."
         raise BadInput(f"has the shape {raw.shape}; a 3-D image is needed.", remedy=fix, path=path, reason="shape")
     if min(raw.shape) < 8:
         raise BadInput(
@@ -297,7 +349,7 @@ def _usable_values(path: Path, raw: np.ndarray, nan: str) -> tuple[np.ndarray, l
     bad = int(data_XYZ.size - finite.sum())
     if bad:
         if nan == "error" or bad == data_XYZ.size:
-            fix = "" if bad == data_XYZ.size else "Mend the scan, or pass --nan zero to set those voxels to 0."
+            fix = "" if bad == data_XYZ.size else "Mend the scan; prepare takes --nan zero to set those voxels to 0."
             raise BadInput(
                 f"{bad:,} of {data_XYZ.size:,} voxels are not finite numbers.",
                 remedy=fix,

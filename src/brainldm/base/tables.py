@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from brainldm.base.errors import BadInput
-from brainldm.base.files import write_text
+from brainldm.base.files import unreadable, write_text
 
 MISSING_CELLS = ("", "n/a", "na", "nan", "null", "none")
 # Narrower than float(), which reads 1_0 and the digits of every script.
@@ -84,11 +84,11 @@ def read_table(path: str | Path) -> Table:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise BadInput("there is no such table.", path=path, reason="missing") from error
+        raise BadInput("there is no such table.", remedy="Check the path.", path=path, reason="missing") from error
     except UnicodeDecodeError as error:
         raise BadInput("is not text in UTF-8.", remedy="Save it as UTF-8.", path=path, reason="encoding") from error
     except OSError as error:
-        raise BadInput(f"cannot be read: {error.strerror}.", path=path, reason="unreadable") from error
+        raise unreadable(error, path) from error
     separator = "," if path.suffix.lower() == ".csv" else "\t"
     # BIDS tables have no quoting; a stray quote in a TSV is a character like any other.
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE

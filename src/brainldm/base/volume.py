@@ -86,7 +86,9 @@ class Grid:
             ox, oy, oz = (float(o) for o in content["origin_mm"])
             return cls(str(content["name"]), (x, y, z), float(content["voxel_mm"]), (ox, oy, oz))
         except (KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"the grid {content!r} is incomplete.", reason="bad_grid") from error
+            raise BadInput(
+                f"the grid {content!r} is incomplete.", remedy="Restore the file from where it came.", reason="bad_grid"
+            ) from error
 
 
 def same_voxels(one: Volume | Grid, other: Volume | Grid) -> bool:

@@ -551,9 +551,9 @@ class _People:
             (missing if cell.is_missing else taken).append(column)
             cells[column] = cells[column] if cell.is_missing else cell
         where = visit.table.path.name
-        notes = [f"{', '.join(taken)} of {visit.session} taken from {where}"] if taken else []
+        notes = [f"{where} gives {', '.join(taken)} of {visit.session}"] if taken else []
         if missing:
-            notes.append(f"{', '.join(missing)} taken from {self.table.path.name}: {where} has no value")
+            notes.append(f"{where} has no {', '.join(missing)}: taken from {self.table.path.name}")
         return tuple(notes)
 
     def _sex(self, cell: _Cell) -> int:

@@ -48,7 +48,12 @@ def write_cohort_tables(
     splits: Mapping[str, Split],
     failures: Sequence[Failure],
 ) -> None:
-    """Writes participants, quality, failures, their dictionaries, and what BIDS wants of a derivative dataset."""
+    """Writes participants, quality, failures, their dictionaries, and what BIDS wants of a derivative dataset.
+
+    The study's own columns stay as the study wrote them, even where a spreadsheet would take a cell for a formula: they
+    are data, and an apostrophe before -1 would make it another. What is said here in words never begins like a formula:
+    ids and files begin with `sub-`, messages and notes with a word.
+    """
     _write_failures(out, failures)
     if not people:
         return

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from brainldm.base.covariates import CONTINUOUS, COVARIATES, Covariates, sex_code
+from brainldm.base.covariates import CONTINUOUS, COVARIATES, Covariates, implausible, sex_code
 from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.files import read_json, sha256_of
 from brainldm.base.manifest import Manifest
@@ -28,6 +28,7 @@ KIND = "brainldm prepared cohort"
 FORMAT = 1
 CACHE_BYTES = 4 << 30
 _INT16_UNIT = 32767
+_RECORD = {"participant_id": str, "file": str, "bytes": int, "sha256": str}  # of manifest.jsonl, what is needed here
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class PreparedCohort:
 
     @classmethod
     def open(cls, folder: str | Path) -> PreparedCohort:
-        """The cohort in `folder`; BadInput when it is none, is unfinished, or lacks a file that its tables name."""
+        """The cohort in `folder`; BadInput when it is none, is unfinished, lacks a file that its tables name, or has a
+        person twice or with a covariate that nobody can have."""
         folder = Path(folder)
         facts = read_prepared_json(folder)
         remedy = "Run the same brainldm prepare command again: it finishes what is missing."
@@ -68,28 +70,34 @@ class PreparedCohort:
             )
         table = read_table(folder / "participants.tsv")
         table.require("participant_id", *COVARIATES, "split")
-        latest = {r.get("participant_id"): r for r in Manifest(folder / "manifest.jsonl").records() if "sha256" in r}
+        records = Manifest(folder / "manifest.jsonl").records()
+        whole = [r for r in records if all(isinstance(r.get(key), kind) for key, kind in _RECORD.items())]
+        latest = {record["participant_id"]: record for record in whole}
         flags = _flags(folder / "quality.tsv")
-        people = []
+        people: dict[str, PreparedRow] = {}
         for row, cells in enumerate(table.rows):
-            record = latest.get(cells["participant_id"])
-            path = folder / str(record["file"]) if record else folder
+            participant_id = cells["participant_id"]
+            if participant_id in people:
+                first = table.lines[list(people).index(participant_id)]
+                raise table.fault(row, "participant_id", f"is in line {first} already.", "Keep one row a person.")
+            record = latest.get(participant_id)
+            path = folder / record["file"] if record else folder
             if record is None or not path.is_file() or path.stat().st_size != record["bytes"]:
                 what = "has no line in manifest.jsonl" if record is None else f"lacks its image {record['file']}"
                 raise BadInput(
-                    f"{cells['participant_id']} of participants.tsv {what}.",
+                    f"{participant_id} of participants.tsv {what}.",
                     remedy=remedy,
                     path=folder,
                     reason="missing",
                 )
-            people.append(_row(table, row, path, record, flags.get(cells["participant_id"], ())))
+            people[participant_id] = _row(table, row, path, record, flags.get(participant_id, ()))
         return cls(
             folder,
             str(facts["name"]),
             Grid.from_json(facts["grid"]),
             facts["preprocessing"],
             str(facts.get("licence", "")),
-            tuple(people),
+            tuple(people.values()),
             {name: facts["config"][name] for name in ("holdout", "seed") if name in facts["config"]},
         )
 
@@ -125,9 +133,15 @@ def read_prepared_json(folder: Path) -> dict[str, Any]:
             path=path,
             reason="format",
         )
-    missing = [key for key in ("name", "grid", "preprocessing", "config") if key not in facts]
-    if missing:
-        raise BadInput(f"lacks {', '.join(missing)}.", remedy=remedy, path=path, reason="not_prepared")
+    needed = {"name": str, "grid": dict, "preprocessing": dict, "config": dict}
+    lacking = [key for key, kind in needed.items() if not isinstance(facts.get(key), kind)]
+    if lacking:
+        raise BadInput(
+            f"is damaged: {', '.join(lacking)} missing or of another type.",
+            remedy=remedy,
+            path=path,
+            reason="not_prepared",
+        )
     return facts
 
 
@@ -146,14 +160,18 @@ def _row(table: Table, row: int, path: Path, record: Mapping[str, Any], flags: t
     sex = sex_code(cells["sex"])
     if sex is None:
         raise table.fault(row, "sex", "is neither F nor M.")
-    numbers = {name: table.number(row, name) for name in CONTINUOUS}
-    for name, value in numbers.items():
+    numbers: dict[str, float] = {}
+    for name in CONTINUOUS:
+        value = table.number(row, name)
         if value is None:
             raise table.fault(row, name, "is no value, and every person of a cohort has one.")
+        if fault := implausible(name, value):
+            raise table.fault(row, name, f"{fault}.", "Correct it, or prepare the study again.")
+        numbers[name] = value
     split = next((s for s in SPLITS if s == cells["split"]), None)
     if split is None:
         raise table.fault(row, "split", f"is none of {', '.join(SPLITS)}.")
-    covariates = Covariates(sex, **{name: float(value or 0) for name, value in numbers.items()})
+    covariates = Covariates(sex, **numbers)
     return PreparedRow(
         cells["participant_id"], covariates, split, path, int(record["bytes"]), str(record["sha256"]), flags
     )
@@ -177,6 +195,7 @@ class VolumeDataset:
         self._cache_holds = int(cache_bytes // (2 * np.prod(self.grid.shape_XYZ)))
         self._uncompressed: UncompressedImages | None = None
         self._proven: set[int] = set()
+        self._warned = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -189,7 +208,8 @@ class VolumeDataset:
     def keep_uncompressed(self, folder: Path, progress: Progress = Quiet()) -> None:
         """From now on images come from one uncompressed file in `folder` (cohort/uncompressed), written first if it is
         not there: the operating system keeps as much of it in memory as there is room for. Each image is compared with
-        its checksum the first time it is read. EnvironmentProblem where the disk has no room."""
+        its checksum the first time it is read, and read from the cohort again where it differs. UsageError where the
+        folder holds other things, EnvironmentProblem where the disk has no room."""
         self._uncompressed = write_uncompressed(
             folder,
             self.split or "all",
@@ -208,7 +228,8 @@ class VolumeDataset:
         if self._uncompressed is not None:
             stored = self._uncompressed.stored_XYZ(index)
             if index not in self._proven:
-                self._uncompressed.check(index, stored)
+                if not self._uncompressed.proves(index, stored):
+                    return self._mended(self._uncompressed, index)
                 self._proven.add(index)
             return stored
         found = self._cache.get(index)
@@ -217,6 +238,19 @@ class VolumeDataset:
             if len(self._cache) < self._cache_holds:
                 self._cache[index] = found
         return found
+
+    def _mended(self, damaged: UncompressedImages, index: int) -> np.ndarray:
+        """The image from the cohort, put back into the file whose copy of it is damaged."""
+        if not self._warned:
+            print(  # noqa: T201
+                f"warning: {damaged.path}: image {index} differs from its checksum; it, and any other that does, is "
+                "read from the cohort again. Look at the disk.",
+                file=sys.stderr,
+            )
+            self._warned = True
+        stored = self._read(self.rows[index])
+        damaged.mend(index, stored)
+        return stored
 
     def _read(self, row: PreparedRow) -> np.ndarray:
         remedy = "Restore the file, or delete it and run brainldm prepare again."

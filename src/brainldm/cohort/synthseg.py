@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from brainldm.base.errors import BadInput, EnvironmentProblem
 from brainldm.base.nifti import write_nifti
 from brainldm.base.volume import Volume
 from brainldm.cohort.measure import Measured, measured_from_tables
+from brainldm.cohort.program import run_program
 
 PROGRAM = "mri_synthseg"
 
@@ -36,15 +36,22 @@ class SynthSegMeasure:
     name: str = PROGRAM
 
     def __call__(self, image: Volume) -> Measured:
-        """BadInput when the program fails on the image; EnvironmentProblem when it is not installed."""
+        """BadInput when the program fails on the image or hangs; EnvironmentProblem when it is not installed."""
         program = installed_program()
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             scan, table = folder / "sub-image.nii.gz", folder / "volumes.csv"
             write_nifti(scan, image.data_XYZ, image.affine, dtype="float32")
             command = [program, "--i", str(scan), "--o", str(folder / "labels.nii.gz"), "--vol", str(table), "--cpu"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = run_program(PROGRAM, command)
             if done.returncode != 0 or not table.is_file():
                 last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["it said nothing"]
                 raise BadInput(f"{PROGRAM} could not segment it: {last[0]}.", reason="not_measurable")
-            return next(iter(measured_from_tables(table).values()))
+            measured = list(measured_from_tables(table).values())
+            if not measured:
+                raise BadInput(
+                    f"{PROGRAM} wrote no volumes.",
+                    remedy=f"Run {PROGRAM} on this image by itself to see what it says.",
+                    reason="not_measurable",
+                )
+            return measured[0]

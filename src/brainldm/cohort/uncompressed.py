@@ -5,8 +5,8 @@ FOLDER/<split>.jsonl    first what it is of (the key), then a line an image: ind
                         as proven when it was read, and that of the integers written
 
 A folder is one cohort's at a time. A file of another key (another cohort, grid or split of it) is removed and written
-anew; one that a killed run left unfinished is gone on with; a whole one is used as it is. Other processes that want
-the same file wait for the one that writes it.
+anew, but nothing that is not of this kind; one that a killed run left unfinished is gone on with; a whole one is used
+as it is. Other processes that want the same file wait for the one that writes it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from brainldm.base.errors import BadInput, EnvironmentProblem, UsageError
+from brainldm.base.errors import EnvironmentProblem, UsageError
 from brainldm.base.feeding import made_ahead
 from brainldm.base.files import locked_folder, make_folder, writing
 from brainldm.base.manifest import Manifest
@@ -47,15 +47,15 @@ class UncompressedImages:
         """One image's int16, an array of its own."""
         return np.array(self.mapped_NXYZ[index], dtype=np.int16)
 
-    def check(self, index: int, stored_XYZ: np.ndarray) -> None:
-        """BadInput where these are not the integers that were written."""
-        if _digest(stored_XYZ) != self.sha256[index]:
-            raise BadInput(
-                f"image {index} of this cache differs from its checksum.",
-                remedy="Delete the folder: it is made again from the cohort.",
-                path=self.path,
-                reason="checksum",
-            )
+    def proves(self, index: int, stored_XYZ: np.ndarray) -> bool:
+        """Whether these are the integers that were written."""
+        return _digest(stored_XYZ) == self.sha256[index]
+
+    def mend(self, index: int, stored_XYZ: np.ndarray) -> None:
+        """Puts an image in its place again. Where the file cannot be written to, it stays damaged."""
+        with contextlib.suppress(OSError), self.path.open("r+b") as file:
+            file.seek(index * stored_XYZ.nbytes)
+            file.write(stored_XYZ.astype("<i2").tobytes())
 
 
 def write_uncompressed(
@@ -71,11 +71,12 @@ def write_uncompressed(
     (several at once).
 
     `sources` are the SHA-256 of the images' own files; `read` proves them and gives int16 (X, Y, Z).
-    EnvironmentProblem where the disk has no room for all, before the first is written; where it becomes full later,
-    what was written is given back.
+    UsageError where `folder` holds files of these names that are not of this kind. EnvironmentProblem where the disk
+    has no room for all, before the first is written; where it becomes full later, what was written is given back.
     """
     made = _Made(make_folder(folder), split, cohort_digest, shape_XYZ, sources)
     if not made.is_whole():
+        made.check_ours()
         with _alone(folder):
             try:
                 made.write(read, progress)
@@ -137,26 +138,39 @@ class _Made:
         size = self.path.stat().st_size if self.path.is_file() else 0
         if not records or records[0].get("key") != self.key:
             return []
-        by_index = {record["index"]: record for record in records[1:]}
+        by_index = {record.get("index"): record for record in records[1:]}
         found: list[str] = []
         for index, source in enumerate(self.sources):
             record = by_index.get(index)
-            if record is None or record["source"] != source or (index + 1) * self.image_bytes > size:
+            if record is None or record.get("source") != source or (index + 1) * self.image_bytes > size:
                 break
-            found.append(record["sha256"])
+            found.append(str(record.get("sha256")))
         return found
 
     def is_whole(self) -> bool:
         return len(self.digests()) == len(self.sources)
+
+    def check_ours(self) -> None:
+        """UsageError where what would be removed is none of these files."""
+        # In this order: the process that writes puts its key beside the images before there are any.
+        there = [path for path in (self.path, self.lines.path) if path.exists()]
+        records = self.lines.records() if self.lines.path.is_file() else []
+        key = records[0].get("key") if records else None
+        if there and not (isinstance(key, dict) and {"format", "cohort"} <= key.keys()):
+            raise UsageError(
+                f"this folder holds other things: its {there[0].name} is no cache of images.",
+                remedy="Give --cache another folder.",
+                path=self.folder,
+                reason="in_use",
+            )
 
     def write(self, read: Callable[[int], np.ndarray], progress: Progress) -> None:
         done = len(self.digests())  # asked again under the lock: somebody else may have written it meanwhile
         if done == len(self.sources):
             return
         if not done:
-            self.lines.path.unlink(missing_ok=True)
             self.path.unlink(missing_ok=True)
-            self.lines.append(key=self.key)
+            self.lines.rewrite([{"key": self.key}])
         self._check_room(done)
         progress.start("uncompressing images", len(self.sources), done)
         with writing(self.path), self.path.open("ab") as file:

@@ -18,6 +18,7 @@ from pathlib import Path
 from brainldm.base.errors import BadInput, EnvironmentProblem
 from brainldm.base.nifti import read_nifti, write_nifti
 from brainldm.base.volume import Volume
+from brainldm.cohort.program import run_program
 
 PYTHON_VARIABLE = "BRAINLDM_UNIRES_PYTHON"
 INSTALL = (
@@ -83,18 +84,14 @@ def _can_import_unires(python: str) -> bool:
 
 def aligned_by_unires(scan: Volume, path: Path) -> Volume:
     """`scan`, which was read from `path`, as UniRes aligns and reslices it: 1 mm, the common grid of all its outputs.
-    BadInput when it fails."""
+    BadInput when it fails or hangs."""
     with tempfile.TemporaryDirectory(prefix="brainldm-unires-") as folder:
         source = Path(folder) / "scan.nii.gz"
         write_nifti(source, scan.data_XYZ, scan.affine, dtype="float32")
         target = Path(folder) / "out"
         target.mkdir()
-        done = subprocess.run(
-            [unires_python(), "-c", _SCRIPT, str(source), str(target), json.dumps(SETTINGS)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = [unires_python(), "-c", _SCRIPT, str(source), str(target), json.dumps(SETTINGS)]
+        done = run_program("UniRes", command)
         written = sorted(target.glob("*.nii*"))
         if done.returncode != 0 or not written:
             said = (done.stderr.strip().splitlines() or ["it wrote no image"])[-1]

@@ -1,6 +1,6 @@
 """How good is the instrument? Volumes measured in scans, against volumes that somebody else found in the same scans.
 
-OUT/measured.tsv      a row a scan: measured, and known where the study's table says
+OUT/measured.tsv      a row a scan: measured, and known (under its column's name, or NAME_known where that is taken)
 OUT/instrument.json   agreement with its intervals, counts and what could not be measured
 OUT/measured.jsonl    by image hash: a rerun measures only what is new
 """
@@ -85,16 +85,20 @@ def check_instrument(
         found = measure(looks, "scans", instrument, cache, workers=workers, progress=progress)
         failures += found.failures
         names = sorted({name for measurement in found.by_sha256.values() for name in measurement.values})
+        columns = ["participant_id", "file", *names]
         rows: list[dict[str, Any]] = [
             {"participant_id": inert(look.image.participant_id), "file": inert(look.image.file)}
             | {name: found.value(look, name) for name in names}
-            | ({} if against is None else {against: _of_person(known, look.image)})
             for look in looks
         ]
-        write_table(out / "measured.tsv", ["participant_id", "file", *names, *([against] if against else [])], rows)
         compared = None
         if against is not None:
-            compared = agreement([row[against] for row in rows], [row.get(_COMPARED) for row in rows])
+            theirs = [_of_person(known, look.image) for look in looks]
+            compared = agreement(theirs, [found.value(look, _COMPARED) for look in looks])
+            columns.append(f"{against}_known" if against in (*columns, _COMPARED) else against)
+            for row, value in zip(rows, theirs):
+                row[columns[-1]] = value
+        write_table(out / "measured.tsv", columns, rows)
         measured = sum(look.sha256 in found.by_sha256 for look in looks)
         check = InstrumentCheck(instrument.name, measured, compared, tuple(failures))
         content = {"software": {"brainldm": brainldm.__version__}, "covariate": _COMPARED, "against": against}

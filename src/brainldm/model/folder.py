@@ -161,7 +161,7 @@ def read_description(folder: Path) -> LatentDiffusionDescription | GanDescriptio
             reason="format_version",
         )
     kind = content.get("kind")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise BadInput(
             f"describes a model of kind {kind!r}; this brainldm knows {', '.join(_KINDS)}.",
             remedy=_REMEDY,
@@ -169,7 +169,12 @@ def read_description(folder: Path) -> LatentDiffusionDescription | GanDescriptio
             reason="bad_description",
         )
     try:
-        return _KINDS[kind].model_validate(content)
+        description = _KINDS[kind].model_validate(content)
+        description.covariates.fitted_ranges()
+        description.covariates.joint_model()
+        return description
+    except BadInput as error:  # of the ranges or the distribution, which do not know where they were read
+        raise BadInput(error.message, remedy=_REMEDY, path=path, reason=error.reason) from error
     except (ValidationError, ValueError) as error:
         raise BadInput(_field_faults(error), remedy=_REMEDY, path=path, reason="bad_description") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def package_model(model: Path, out: Path, *, licence: str | None = None, most_by
         )
     if (out / DESCRIPTION_NAME).is_file() and read_description(out).weights_dtype != "float16":
         raise UsageError("the folder holds a model in full precision.", remedy="Choose an empty or new one.", path=out)
-    if out.resolve() == find_model(model).resolve():
+    if os.path.realpath(out) == os.path.realpath(find_model(model)):
         raise UsageError("this is the model itself.", remedy="Choose another folder.", path=out)
     needed = 2 * sum(tensor.numel() for tensors in parts.values() for tensor in tensors.values())
     if needed > most_bytes:

@@ -11,6 +11,7 @@ model that scatters widely does so afterwards as well.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -92,7 +93,7 @@ def calibrate(
             path=model,
         )
     covariates = description.covariates
-    if covariates.response is None and find_model(model).resolve() == (out / "model").resolve():
+    if covariates.response is None and os.path.realpath(find_model(model)) == os.path.realpath(out / "model"):
         raise UsageError("this is the model itself.", remedy="Give its calibration a folder of its own.", path=out)
     make_folder(out)
     say(f"1/2 {n} brains")

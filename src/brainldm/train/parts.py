@@ -1,7 +1,8 @@
 """Tensors of many people, found one after another and kept in files of some people each.
 
 No interruption loses many, no file is ever whole in memory (30,000 people's latents at 1 mm are hundreds of gigabytes),
-and the processes of one training share the work.
+and the processes of one training share the work. Each file's header holds the SHA-256 of its tensors: beside them it
+would be another thing to be killed before, and a list in one file is not for several processes to write to.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from brainldm.base.errors import EnvironmentProblem
@@ -23,6 +24,7 @@ from brainldm.model.tensors import write_tensors
 from brainldm.train.distributed import ALONE, Place
 
 PART_LENGTH = 64
+_SHA256 = "sha256"
 
 Item = TypeVar("Item")
 
@@ -55,6 +57,7 @@ def kept_in_parts(
 ) -> Parts:
     """What `found` of the items, one after another: tensors by name. PART_LENGTH items at a time are kept in `folder`
     under the digest of `made_by`, and not found again; what something else made is deleted, what is damaged found anew.
+    A file without a SHA-256, as earlier versions wrote them, is taken as it is.
     Several processes share the parts and come back together. `what` is the progress bar's."""
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
     parts = {
@@ -67,7 +70,7 @@ def kept_in_parts(
                 path.unlink()
     first, end = (rank * len(parts) // place.processes for rank in (place.rank, place.rank + 1))
     mine = list(parts)[first:end]
-    missing = [path for path in mine if _read(path) is None]
+    missing = [path for path in mine if not _is_whole(path)]
     if missing:
         total, left = (sum(len(parts[path]) for path in some) for some in (mine, missing))
         progress.start(what, total, total - left)
@@ -77,9 +80,29 @@ def kept_in_parts(
         for _ in parts[path]:
             rows.append(next(tensors))
             progress.advance()
-        write_tensors(path, {name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+        part = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        write_tensors(path, part, {_SHA256: _digest(part)})
     place.wait()
     return Parts(tuple(_read_by_all(path, place) for path in parts))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the file is there and holds what was written."""
+    tensors = _read(path)
+    if tensors is None:
+        return False
+    with safe_open(path, framework="pt") as file:
+        written = (file.metadata() or {}).get(_SHA256)
+    return written is None or written == _digest(tensors)
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of names, types, shapes and numbers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> dict[str, torch.Tensor] | None:

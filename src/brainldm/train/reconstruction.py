@@ -218,6 +218,8 @@ def reconstruct_cohort(
     cohort = PreparedCohort.open(data)
     wanted = {"held-out": HELD_OUT, "all": SPLITS}.get(split, (split,))
     sets = [VolumeDataset(cohort, name, cache_bytes=0) for name in SPLITS if name in wanted]
+    if most is not None and most < 1:
+        raise UsageError(f"{most} people of each split were asked for.", remedy="Ask for 1 or more.")
     people = [(one, index) for one in sets for index in range(len(one))[:most]]
     if not people:
         raise UsageError(f"the {split} split is empty.", remedy="Choose another --split, such as all.", path=data)
