@@ -52,7 +52,7 @@ def _checked_workers(_: object, workers: int) -> None:
 
 
 Workers = Annotated[int, Parameter(help="Processes that work side by side.", validator=_checked_workers)]
-Device = Annotated[str, Parameter(help="auto, cpu or cuda.")]
+Device = Annotated[str, Parameter(help="auto, cpu, cuda, or cuda:1 and so on.")]
 Measure = Annotated[
     Literal["template", "synthseg"],
     Parameter(name="--measure", help="What finds volumes: the built-in measure, or mri_synthseg."),
@@ -822,7 +822,8 @@ def export_package(
         f"{out} takes {packed.bytes / 1e6:.1f} MB; rounding changed no weight by more than {packed.rounding:.2g} "
         "of its tensor's largest."
     )
-    _say(f"Next: brainldm card {_quoted(out)} COHORT CARD --age AGE --sex SEX --phantoms STUDY")
+    command = f"brainldm card {_quoted(out)} COHORT CARD --age AGE --sex SEX --phantoms STUDY"
+    _say(f"Next, for a model of phantoms: {command}")
 
 
 @fetch_app.command(name="ukb")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from brainldm.base.covariates import CONTINUOUS, COVARIATES
+from brainldm.base.errors import BadInput
 from brainldm.base.files import read_json
+from brainldm.base.shipped import SHIPPED, shipped_folder
 from brainldm.cohort.dataset import read_prepared_json
 from brainldm.cohort.prepare_config import PrepareConfig
 from brainldm.evaluate.scorecard import Scorecard
+from brainldm.model.folder import read_description
 from brainldm.recipes.card_parts import CardParts
 
 
@@ -29,6 +33,7 @@ def model_facts(parts: CardParts) -> dict[str, Any]:
     return {
         "name": description.name,
         "id": description.identity,
+        "shipped_as": _shipped_as(description.identity),
         "grid": model.grid.to_json(),
         "latent_shape_CXYZ": list(description.latent.shape_CXYZ),
         "parameters": parameters,
@@ -42,6 +47,13 @@ def model_facts(parts: CardParts) -> dict[str, Any]:
         "licence": description.licence,
         "response": None if response is None else response.model_dump(mode="json"),
     }
+
+
+def _shipped_as(identity: str) -> str | None:
+    """The name under which this model comes with the package; None where it does not."""
+    with contextlib.suppress(BadInput):  # an installation may come without
+        return next((name for name in SHIPPED if read_description(shipped_folder(name)).identity == identity), None)
+    return None
 
 
 def training_facts(training: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,7 +109,7 @@ def commands(parts: CardParts, cohort: Path, n: int, reconstructed: int, pairs: 
     config = facts["config"]
     prepared = [f"--grid {config.get('grid', study.grid.name)}"] + [
         f"--{name.replace('_', '-')} {config[name]}"
-        for name in ("register", "skull", "strip_with", "volumes", "nan", "holdout", "seed")
+        for name in ("register", "skull", "strip_with", "volumes", "nan", "percentile", "holdout", "seed")
         if name in config and config[name] != usual[name]
     ]
     if left_out := facts.get("left_out"):

@@ -124,7 +124,7 @@ def card_text(results: Mapping[str, Any]) -> str:
         .render(
             **{key: results[key] for key in ("model", "training", "settings", "warnings")},
             name=model["name"],
-            called="demo" if training["recipe"] == "demo" else "MODEL",
+            called=model["shipped_as"] or "MODEL",
             shape=" x ".join(map(str, grid["shape_XYZ"])),
             voxel=f"{grid['voxel_mm']:g}",
             shown=min(12, results["settings"]["brains"]),

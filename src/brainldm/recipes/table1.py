@@ -223,6 +223,13 @@ def _check_given(models: Mapping[str, Path], cohort: PreparedCohort, seed: int) 
             shape = description.grid.shape_XYZ
             trainings[f"{name} model"] = description.training
             check_seed(description, seed)
+            if name == "ldm" and description.covariates.joint_model() is None:
+                raise UsageError(
+                    "this model does not know how covariates are distributed in its training people, and brains are "
+                    "asked for here as they are.",
+                    remedy="Give a model that brainldm trained.",
+                    path=path,
+                )
         if tuple(shape) != tuple(wanted):
             raise UsageError(
                 f"the {name} model is of images of {shape} voxels, the cohort's are of {wanted}.",
