@@ -8,15 +8,34 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+
 import brainldm
+from brainldm.base.tables import read_table
 from brainldm.cohort.dataset import PreparedCohort
 from brainldm.cohort.measure import TemplateMeasure
-from brainldm.recipes.card_figures import instrument_figures
+from brainldm.evaluate.estimate import mean
+from brainldm.recipes.card_figures import figure, instrument_figures
 from brainldm.recipes.reconstruction import PhantomStudy
 
+EDGES_ML = (0, 20, 40, 60, 80, 95, 110, 130)
 OUT = Path(__file__).with_name("phantom-truth.json")
+
+
+def by_size(cohort: PreparedCohort, study: PhantomStudy) -> list[dict[str, object]]:
+    """The bias of measured ventricles among phantoms whose true ones lie between EDGES_ML."""
+    table = read_table(study.folder / "participants.tsv")
+    truth = {cells["participant_id"]: table.number(row, "ventricles_mm3") for row, cells in enumerate(table.rows)}
+    true_mm3 = np.array([truth[row.participant_id] for row in cohort.people], dtype=np.float64)
+    errors_mm3 = np.array([row.covariates.ventricles_mm3 for row in cohort.people]) - true_mm3
+    found: list[dict[str, object]] = []
+    for low, high in pairwise(EDGES_ML):
+        estimate = mean(errors_mm3[(true_mm3 >= 1000 * low) & (true_mm3 < 1000 * high)].tolist())
+        found.append({"true_ml": [low, high], "bias_mm3": figure(estimate, 0)})
+    return found
 
 
 def main() -> None:
@@ -30,6 +49,7 @@ def main() -> None:
         "phantom_seed": study.seed,
         "instrument": TemplateMeasure.name,
         **instrument_figures(cohort.people, study, 0),
+        "ventricles_by_size": by_size(cohort, study),
         "software": {"brainldm": brainldm.__version__},
     }
     before = json.loads(OUT.read_text(encoding="utf-8")) if OUT.is_file() else {}

@@ -196,6 +196,16 @@ def test_doubled_rows(tmp_path: Path) -> None:
     assert failure.reason == "duplicate_rows" and "lines 4, 5" in failure.message
 
 
+def test_doubled_rows_say_the_same_only_where_they_do(tmp_path: Path) -> None:
+    rows = f"{HEADER}\tgroup\tventricles_mm3\nsub-1\t20\tF\ta\t20000\nsub-1\t20\tF\tA\t30000\nsub-2\t30\tM\tb\t1\n"
+    folder = study(tmp_path, rows, *scan_of("sub-1", "sub-2"))
+    found = read_study(folder)
+    assert found.scans[0].notes == ("lines 2, 3 of the table differ in ventricles_mm3: taken from line 2",)
+    found = read_study(folder, used_columns=["ventricles_mm3"])
+    assert list(who(found)) == ["sub-2"] and reasons(found) == {"sub-1": "duplicate_rows"}
+    assert "different values of ventricles_mm3" in found.failures[0].message
+
+
 def test_rows_of_sessions_belong_to_their_session(tmp_path: Path) -> None:
     table = "participant_id\tsession_id\tage\tsex\nsub-1\tses-a\t60\tF\nsub-1\tses-b\t65\tF\n"
     found = read_study(study(tmp_path, table, "sub-1/ses-b/anat/sub-1_ses-b_T1w.nii.gz"))
@@ -271,6 +281,22 @@ def test_columns_have_many_names(column: str, sex_column: str, id_column: str, t
     found = read_study(study(tmp_path, table, *scan_of("sub-1")))
     assert who(found) == {"sub-1": (0, 20.0)}
     assert found.columns == ("extra",)
+
+
+def test_the_age_at_the_scan_counts_more_than_one_at_enrolment(tmp_path: Path) -> None:
+    columns = "participant_id\tage\tage_years\tsex\tAge_at_scan"
+    rows = ["sub-1\t60\t60\tF\t65.5", "sub-2\t60\t60\tF\t60.0", "sub-3\t60\t61\tF\tn/a", "sub-4\tn/a\tn/a\tF\tn/a"]
+    folder = study(tmp_path, "\n".join([columns, *rows]) + "\n", *scan_of(*(f"sub-{i}" for i in range(1, 5))))
+    found = read_study(folder)
+    assert who(found) == {"sub-1": (0, 65.5), "sub-2": (0, 60), "sub-3": (0, 61)}
+    assert [s.notes for s in found.scans] == [
+        ("took Age_at_scan, 65.5 (age_years is 60, age is 60)",),
+        (),
+        ("took age_years, 61 (Age_at_scan is n/a, age is 60)",),
+    ]
+    assert reasons(found) == {"sub-4": "missing_age"}
+    write_json(folder / "participants.json", {"age_at_scan": {"Units": "months"}, "age": {"Units": "weeks"}})
+    assert who(read_study(folder)) == {"sub-1": (0, 60), "sub-2": (0, 60), "sub-3": (0, 61)}
 
 
 def test_of_columns_alike_the_exact_name_counts_and_two_that_differ_are_refused(tmp_path: Path) -> None:

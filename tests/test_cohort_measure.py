@@ -15,12 +15,15 @@ from brainldm.base.nifti import read_nifti
 from brainldm.base.streams import stream
 from brainldm.base.tables import read_table
 from brainldm.base.volume import Volume, grid_named
-from brainldm.cohort.measure import TemplateMeasure, measured_from_tables
+from brainldm.cohort.measure import Measured, TemplateMeasure, measured_from_tables, scan_of, volumes_of_scan
 from brainldm.cohort.phantom import draw_person, make_phantom
 from brainldm.cohort.register import Registration, register_to_template
 from brainldm.cohort.skull import brain_mask
 from brainldm.cohort.synthseg import SynthSegMeasure
 from brainldm.cohort.template import load_template
+from brainldm.evaluate.examine import Examined
+from brainldm.evaluate.images import JudgedImage
+from brainldm.evaluate.measuring import measured_in_table
 
 
 def painted_template(noise: float = 0.03) -> Volume:
@@ -139,10 +142,51 @@ def test_parcels_of_the_cortex_are_not_summed_twice_and_a_second_row_is_refused(
     columns += "left inferior lateral ventricle,right inferior lateral ventricle,left cerebral cortex,ctx-lh-bankssts"
     row = "1500000,10000,10000,500,500,250000,{ctx}"
     table.write_text(f"{columns}\nsub-01_ses-1_T1w,{row.format(ctx=3000)}\nsub-01_ses-1_T1w,{row.format(ctx=3000)}\n")
-    assert measured_from_tables(table)["sub-01"].brain_native_mm3 == 250_000
-    table.write_text(f"{columns}\nsub-01_ses-1_T1w,{row.format(ctx=1)}\nsub-01_ses-2_T1w,{row.format(ctx=2)}\n")
-    with pytest.raises(BadInput, match="second row of sub-01"):
+    assert measured_from_tables(table)["sub-01_ses-1"].brain_native_mm3 == 250_000
+    table.write_text(f"{columns}\nsub-01_ses-1_T1w,{row.format(ctx=1)}\nsub-01_ses-1_T1w,{row.format(ctx=2)}\n")
+    with pytest.raises(BadInput, match="second row of sub-01_ses-1"):
         measured_from_tables(table)
+
+
+@pytest.mark.parametrize(
+    ("text", "scan"),
+    [
+        ("sub-01", "sub-01"),
+        ("sub-01_T1w.nii.gz", "sub-01"),
+        ("/data/run-3/sub-01/ses-2/anat/sub-01_run-1_T1w.nii.gz", "sub-01_ses-2_run-1"),
+        ("sub-01_run-1_ses-2_acq-mprage_desc-x_T1w", "sub-01_ses-2_acq-mprage_run-1"),
+        ("sub-01_ses-2.long.sub-01", "sub-01_ses-2"),
+        ("sub-ADNI-002_ses-2", "sub-ADNI-002_ses-2"),
+        ("somebody.nii.gz", "somebody"),
+    ],
+)
+def test_a_row_s_name_says_which_scan_it_is_of(text: str, scan: str) -> None:
+    assert scan_of(text) == scan and scan_of(scan) == scan
+
+
+@pytest.mark.parametrize(
+    ("rows", "file", "taken"),
+    [
+        ("sub-01", "sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz", "sub-01"),
+        ("sub-01_ses-2", "sub-01/anat/sub-01_T1w.nii.gz", "sub-01_ses-2"),
+        ("sub-01_ses-2", "sub-01/ses-1/anat/sub-01_T1w.nii.gz", "of sub-01_ses-2 alone, not of this scan"),
+        ("sub-01_ses-1_run-2", "sub-01/ses-1/anat/sub-01_ses-1_run-1_T1w.nii.gz", "not of this scan"),
+        ("sub-01_ses-1 sub-01_ses-2", "sub-01/ses-2/anat/sub-01_ses-2_T1w.nii.gz", "sub-01_ses-2"),
+        ("sub-01_ses-1 sub-01_ses-2", "sub-01/ses-02/anat/sub-01_ses-02_T1w.nii.gz", "sub-01_ses-2"),
+        ("sub-01_ses-1 sub-01_ses-01", "sub-01/ses-01/anat/sub-01_ses-01_T1w.nii.gz", "sub-01_ses-01"),
+        ("sub-01 sub-01_ses-2", "sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz", "sub-01"),
+        ("sub-01_acq-b sub-01", "sub-01/anat/sub-01_T1w.nii.gz", "sub-01"),
+        ("sub-01_ses-1 sub-01_ses-2", "sub-01/anat/sub-01_T1w.nii.gz", "each of .* could be this scan"),
+    ],
+)
+def test_a_scan_has_the_volumes_of_its_own_session_and_run(rows: str, file: str, taken: str) -> None:
+    volumes = {row: Measured(1000.0 + i, 1e6, 1e6, 1.0) for i, row in enumerate(rows.split())}
+    if taken in volumes:
+        assert volumes_of_scan(volumes, file) is volumes[taken]
+        return
+    with pytest.raises(BadInput, match=taken) as caught:
+        volumes_of_scan(volumes, file)
+    assert caught.value.remedy
 
 
 def test_freesurfer_table_is_read(tmp_path: Path) -> None:
@@ -194,3 +238,19 @@ def test_a_table_without_rows_is_no_volumes(synthseg: Path, tmp_path: Path) -> N
     with pytest.raises(BadInput, match="wrote no volumes") as caught:
         SynthSegMeasure()(EMPTY)
     assert caught.value.remedy
+
+
+def test_a_judged_image_has_the_volumes_of_its_own_session(tmp_path: Path) -> None:
+    table = tmp_path / "aseg.tsv"
+    columns = "Measure:volume Left-Lateral-Ventricle Left-Inf-Lat-Vent Right-Lateral-Ventricle Right-Inf-Lat-Vent"
+    columns += " BrainSegVolNotVent EstimatedTotalIntraCranialVol"
+    rows = "".join(f"\nsub-01_ses-{s}\t{9000 + s}\t0\t0\t0\t1100000\t1480000" for s in (1, 2))
+    table.write_text("\t".join(columns.split()) + rows + "\n")
+    looks = []
+    for session in (1, 2, 3):
+        file = f"sub-01/ses-{session}/anat/sub-01_ses-{session}_T1w.nii.gz"
+        looks.append(Examined(JudgedImage(file, tmp_path / file, file), str(session), False, False, (), None))
+    found = measured_in_table(looks, "real", table)
+    assert {sha: one.values["ventricles_mm3"] for sha, one in found.by_sha256.items()} == {"1": 9001, "2": 9002}
+    (failure,) = found.failures
+    assert failure.reason == "bad_volume" and failure.file == looks[2].image.file and failure.remedy

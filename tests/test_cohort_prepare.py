@@ -31,6 +31,7 @@ from brainldm.base.tables import read_table
 from brainldm.base.volume import GRIDS
 from brainldm.cohort import prepare_scan as one_scan
 from brainldm.cohort import unires
+from brainldm.cohort.cohort_tables import FLAGS
 from brainldm.cohort.dataset import PreparedCohort, VolumeDataset, warn_of_flagged
 from brainldm.cohort.overlay import write_overlay
 from brainldm.cohort.prepare import PrepareConfig, prepare_study
@@ -72,7 +73,7 @@ def in_place(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def register(scan, brain_mask=None, *, aligned=False):  # type: ignore[no-untyped-def]
         registered.append("aligned" if aligned else "rigid")
-        return Registration(np.eye(4), np.eye(4), {"correlation": 0.9}, "in place")
+        return Registration(np.eye(4), np.eye(4), {"correlation": 0.9, "cut_brain_fraction": 0.0}, "in place")
 
     @dataclass
     class Measure:
@@ -183,7 +184,50 @@ def test_scans_in_mni_space_are_only_resliced(tmp_path: Path, in_place: list[str
     prepare_study(own_space, tmp_path / "none", PrepareConfig(grid="4mm", register="none"))
     assert in_place[6:] == ["aligned"] * 3
     prepare_study(own_space, tmp_path / "table", PrepareConfig(grid="4mm", register="none", volumes="table"))
-    assert len(in_place) == 9, "nothing is sought where nothing is needed"
+    assert in_place[9:] == ["aligned"] * 3, "how they go with the template is wanted where nothing is measured, too"
+    image = VolumeDataset(PreparedCohort.open(tmp_path / "table")).image_XYZ(1)
+    np.testing.assert_allclose(image, brain(1) / brain(1).max(), atol=2e-4)
+
+
+@pytest.mark.parametrize(("register", "space"), [("none", ""), ("auto", "MNI152rigid")])
+def test_a_scan_that_does_not_lie_in_its_place_is_flagged_where_nothing_is_measured(
+    register: str, space: str, tmp_path: Path, in_place: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poor = Registration(np.eye(4), np.eye(4), {"correlation": 0.2, "cut_brain_fraction": 0.1}, "none")
+    monkeypatch.setattr(one_scan, "register_to_template", lambda *_, **__: poor)
+    config = PrepareConfig(grid="4mm", register=register, volumes="table")
+    assert prepare_study(write_study(tmp_path / "balls", 1, space=space), tmp_path / "out", config).flagged == 1
+    assert table(tmp_path / "out", "quality.tsv")["sub-00"]["flags"] == "poor_registration, brain_outside_box"
+
+
+def test_heads_of_a_template_s_size_are_flagged_and_not_called_rigid(tmp_path: Path, in_place: list[str]) -> None:
+    study = write_study(tmp_path / "balls", 4)
+    prepare_study(study, tmp_path / "own", CONFIG)
+    assert PreparedCohort.open(tmp_path / "own").preprocessing["space"] == "rigidly aligned to MNI152"
+    for index, space in ((0, "MNI152rigid"), (1, "MNI152NLin2009cAsym")):
+        path = study / f"sub-{index:02d}/anat/sub-{index:02d}_T1w.nii.gz"
+        path.rename(path.with_name(f"sub-{index:02d}_space-{space}_T1w.nii.gz"))
+    assert prepare_study(study, tmp_path / "some", CONFIG).flagged == 1
+    quality = table(tmp_path / "some", "quality.tsv")
+    assert [row["flags"] for row in quality.values()] == ["n/a", "not_own_size", "n/a", "n/a"]
+    assert "space-MNI152NLin2009cAsym" in quality["sub-01"]["notes"]
+    told = PreparedCohort.open(tmp_path / "some").preprocessing["space"]
+    assert told.startswith("rigidly aligned to MNI152; 1 of 4 warped")
+    assert told in (tmp_path / "some/README.md").read_text()
+    warped = write_study(tmp_path / "warped", 2, space="MNI152NLin2009cAsym")
+    prepare_study(warped, tmp_path / "all", CONFIG)
+    told = PreparedCohort.open(tmp_path / "all").preprocessing["space"]
+    assert told == "warped to the size of a template (space-MNI152NLin2009cAsym)"
+
+
+def test_every_flag_is_explained_beside_the_table_and_in_the_docs(tmp_path: Path, in_place: list[str]) -> None:
+    worst = {"correlation": 0.0, "cut_brain_fraction": 1.0, "unseen_brain_fraction": 1.0, "poor": 1.0}
+    worst |= {"ventricle_room_filled": 1.0}
+    assert {*one_scan._flags(worst), "not_own_size", "duplicate"} == set(FLAGS)
+    prepare_study(write_study(tmp_path / "balls", 1), tmp_path / "out", CONFIG)
+    assert set(read_json(tmp_path / "out/quality.json")["flags"]["Levels"]) == set(FLAGS)
+    docs = (Path(__file__).parents[1] / "docs/preparing.md").read_text()
+    assert all(f"| `{flag}` |" in docs for flag in FLAGS)
 
 
 def test_a_prepared_cohort_can_be_prepared_again_on_another_grid(tmp_path: Path, in_place: list[str]) -> None:
@@ -772,6 +816,21 @@ def test_an_installed_unires_is_driven_with_the_authors_settings(
     assert transforms["method"] == "unires" and transforms["mni_from_scan"] is None
 
 
+def test_what_unires_wrote_is_what_is_flagged(
+    tmp_path: Path, in_place: list[str], fake_unires: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the scan, which our own registration put in its place."""
+
+    def register(scan, brain_mask=None, *, aligned=False):  # type: ignore[no-untyped-def]
+        quality = {"correlation": 0.2, "cut_brain_fraction": 0.1} if aligned else {"correlation": 0.9}
+        return Registration(np.eye(4), np.eye(4), {"cut_brain_fraction": 0.0} | quality, "in place")
+
+    monkeypatch.setattr(one_scan, "register_to_template", register)
+    prepare_study(write_study(tmp_path / "balls", 1), tmp_path / "out", PrepareConfig(grid="4mm", register="unires"))
+    quality = table(tmp_path / "out", "quality.tsv")["sub-00"]
+    assert quality["flags"] == "poor_registration, brain_outside_box" and quality["correlation"] == "0.2"
+
+
 def test_a_unires_that_hangs_is_listed(
     tmp_path: Path, in_place: list[str], fake_unires: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -820,6 +879,37 @@ def test_volumes_may_come_from_the_studys_table(tmp_path: Path, in_place: list[s
     path.write_text(path.read_text().replace("ventricles_mm3", "v"))
     with pytest.raises(BadInput, match=r"'ventricles_mm3'.*group, v, brain_mm3"):
         prepare_study(study, tmp_path / "other", PrepareConfig(grid="4mm", volumes="table"))
+
+
+def test_volumes_of_another_session_are_not_joined(tmp_path: Path, in_place: list[str]) -> None:
+    study = write_study(tmp_path / "balls", 3)
+    for name in ("sub-00", "sub-01", "sub-02"):
+        anat = study / name / "ses-1" / "anat"
+        anat.mkdir(parents=True)
+        (study / name / "anat" / f"{name}_T1w.nii.gz").rename(anat / f"{name}_ses-1_T1w.nii.gz")
+    columns = "Measure:volume Left-Lateral-Ventricle Left-Inf-Lat-Vent Right-Lateral-Ventricle Right-Inf-Lat-Vent"
+    columns += " BrainSegVolNotVent EstimatedTotalIntraCranialVol"
+    rows = {"sub-00_ses-2": 8000, "sub-01_ses-2": 9000, "sub-01_ses-1": 9100, "sub-02": 9200}
+    lines = ["\t".join(f"{name} {first} 0 9000 0 1100000 1480000".split()) for name, first in rows.items()]
+    (tmp_path / "aseg.tsv").write_text("\n".join(["\t".join(columns.split()), *lines]) + "\n")
+    with pytest.raises(PartialFailure):
+        prepare_study(study, tmp_path / "out", PrepareConfig(grid="4mm", volumes=str(tmp_path / "aseg.tsv")))
+    people = table(tmp_path / "out")
+    assert {i: row["ventricles_mm3"] for i, row in people.items()} == {"sub-01": "18100", "sub-02": "18200"}
+    (failure,) = table(tmp_path / "out", "failures.tsv").values()
+    assert (failure["participant_id"], failure["reason"]) == ("sub-00", "bad_volume")
+    assert "in aseg.tsv, there are volumes of sub-00_ses-2 alone" in failure["message"]
+    assert "session" in failure["remedy"]
+
+
+def test_two_rows_of_other_volumes_are_nobody_s(tmp_path: Path, in_place: list[str]) -> None:
+    study = write_study(tmp_path / "balls", 2)
+    path = study / "participants.tsv"
+    path.write_text(path.read_text() + "sub-00\t30\tF\tg0\t25000\t1300000\n")
+    with pytest.raises(PartialFailure):
+        prepare_study(study, tmp_path / "out", PrepareConfig(grid="4mm", volumes="table"))
+    assert table(tmp_path / "out", "failures.tsv")["sub-00"]["reason"] == "duplicate_rows"
+    assert prepare_study(study, tmp_path / "measured", CONFIG).people == 2, "only volumes that are used must agree"
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -906,7 +996,7 @@ PREPARE = (
 
 @pytest.fixture
 def in_mni(tmp_path: Path) -> Iterator[Path]:
-    """A study that needs neither registration nor measuring, so that real processes are done with it in seconds."""
+    """A study that needs no measuring and lies in its place, so that real processes are done with it in seconds."""
     yield write_study(tmp_path / "balls", PEOPLE, space="MNI152NLin2009cAsym")
 
 

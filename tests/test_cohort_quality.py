@@ -76,6 +76,14 @@ def test_real_people_are_rejected_at_the_stated_rate() -> None:
     assert 0.4 * FALSE_POSITIVE_RATE < np.mean(rates) < 1.5 * FALSE_POSITIVE_RATE, rates
 
 
+def test_nothing_reads_a_global_generator() -> None:
+    found = []
+    for seed in (1, 2, 3):
+        np.random.seed(seed)  # noqa: NPY002
+        found.append(figures_of(brain(0), 8.0))
+    assert all(np.array_equal(found[0], other) for other in found[1:])
+
+
 @pytest.mark.parametrize("nothing", [np.zeros(SHAPE_XYZ), np.full(SHAPE_XYZ, np.nan), np.full(SHAPE_XYZ, np.inf)])
 def test_images_of_nothing_have_no_figures(population: UsualImages, nothing: np.ndarray) -> None:
     assert figures_of(nothing, 8.0) is None

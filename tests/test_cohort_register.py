@@ -154,6 +154,40 @@ def test_a_haze_around_a_brain_is_no_head() -> None:
     assert (black.data_XYZ > 0).sum() == pytest.approx((brain.data_XYZ > 0).sum(), rel=0.01)
 
 
+@pytest.mark.parametrize("scale", [0.8, 0.9, 1.0])
+@pytest.mark.parametrize("floor_mm", [-200.0, -45.0])
+def test_a_head_of_any_size_is_no_brain(scale: float, floor_mm: float) -> None:
+    """Skin over bone over the template's brain; cut at the floor it has no more litres than a large brain."""
+    template = load_template(2)
+    padded = np.pad(template.brain_mask.data_XYZ > 0, 10)
+    outside_mm = 2 * ndi.distance_transform_edt(~padded)
+    data_XYZ = np.pad(np.where(template.brain_mask.data_XYZ, template.t1.data_XYZ, 0), 10)
+    data_XYZ[(outside_mm > 0) & (outside_mm <= 9)] = 0.08
+    data_XYZ[(outside_mm > 9) & (outside_mm <= 16)] = 0.9
+    affine = template.t1.affine.copy()
+    affine[:3, 3] -= affine[:3, :3] @ np.full(3, 10.0)
+    heights_mm = affine[2, 2] * np.arange(data_XYZ.shape[2]) + affine[2, 3]
+    kept = heights_mm > floor_mm
+    affine[2, 3] = heights_mm[kept][0]
+    head = Volume(data_XYZ[:, :, kept].astype(np.float32), np.diag([scale, scale, scale, 1]) @ affine)
+    assert not is_skull_stripped(head)
+    assert is_skull_stripped(moved_template(np.diag([scale, scale, scale, 1])))
+
+
+def test_a_small_real_head_cut_at_the_boxs_floor_is_found(colin: tuple[Volume, Registration]) -> None:
+    """Colin's head, made as small as the smallest of women's and cut: no larger than a brain, and found as one that is
+    whole."""
+    scan, usual = colin
+    heights_mm = scan.affine[2, 2] * np.arange(scan.shape_XYZ[2]) + scan.affine[2, 3]
+    kept = heights_mm > -55
+    affine = scan.affine @ np.diag([2.0, 2, 2, 1])
+    affine[2, 3] = heights_mm[kept][0]
+    small = Volume(scan.data_XYZ[::2, ::2, kept][:, :, ::2], np.diag([0.85, 0.85, 0.85, 1]) @ affine)
+    found = register_to_template(small)
+    assert found.quality["correlation"] > usual.quality["correlation"] - 0.1
+    assert found.head_scaling * 0.85**3 == pytest.approx(usual.head_scaling, rel=0.05)
+
+
 def test_real_whole_head_is_known_as_one(colin: tuple[Volume, Registration], real_data: Path) -> None:
     head, found = colin
     brain = read_nifti(real_data / "oasis17" / "sub-1000" / "anat" / "sub-1000_T1w.nii.gz")

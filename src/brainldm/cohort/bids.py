@@ -3,7 +3,7 @@
 One scan a person is used. Which one is a rule and no guess: of a session that the table has a row for, an image in its
 own space before one with a `space-` entity, one without a contrast agent (`ce-`), then the first session, the first
 run, the first name. The others are named in the person's notes. What sub-<id>_sessions.tsv says of the session counts
-more than participants.tsv.
+more than participants.tsv, and an age at the scan more than one of which nobody says when it was.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from brainldm.base.covariates import FEMALE, MALE, implausible, sex_code
+from brainldm.base.derivative import SPACE
 from brainldm.base.errors import BadInput, EnvironmentProblem
 from brainldm.base.files import read_json
 from brainldm.base.tables import Table, number_in, read_table
 
 _T1W = re.compile(r"^(sub-[^_]+)(?:_.+)?_T1w\.nii(?:\.gz)?$", re.DOTALL)
-# Columns that hold an age in years; the first that is there counts. Compared without case, - or _.
-AGE_COLUMNS = ("age_years", "age", "age_at_scan", "age_at_imaging", "age_at_session")
+# Columns that hold an age in years; the first that has one counts: a plain age may be that at enrolment, years before.
+# Compared without case, - or _.
+AGE_COLUMNS = ("age_at_scan", "age_at_imaging", "age_at_session", "age_years", "age")
 SEX_COLUMNS = ("sex", "gender")
 _SEX_WORDS = {"woman": FEMALE, "girl": FEMALE, "man": MALE, "boy": MALE}  # beside those of `sex_code`
 _NEGATIONS = {"no", "non", "not", "neither"}
@@ -58,6 +60,11 @@ class Scan:
     mask: Path | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def is_warped(self) -> bool:
+        """Whether its name says that it was brought to a template's size; our own MNI label says that it was not."""
+        return self.space.startswith("MNI") and self.space != SPACE
+
 
 @dataclass(frozen=True)
 class Study:
@@ -71,11 +78,18 @@ class Study:
     column_meanings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_study(folder: str | Path, *, masks: str | Path | None = None, need_masks: bool = False) -> Study:
+def read_study(
+    folder: str | Path,
+    *,
+    masks: str | Path | None = None,
+    need_masks: bool = False,
+    used_columns: Sequence[str] = (),
+) -> Study:
     """The scans of a BIDS folder (raw or derivative), each with its row of participants.tsv.
 
     `masks` is a folder of brain masks, BIDS-named; without it they are looked for beside the scans and under
-    derivatives/. With `need_masks`, people without one are failures. Nothing of an image is read here.
+    derivatives/. With `need_masks`, people without one are failures. `used_columns` count as age and sex do: nobody may
+    have several rows that differ in them. Nothing of an image is read here.
     """
     root = Path(folder)
     _check_is_a_study(root)
@@ -91,7 +105,8 @@ def read_study(folder: str | Path, *, masks: str | Path | None = None, need_mask
     if not images:
         raise _no_images(root, failures)
     table = _read_participants(root)
-    people, faults = _People.read(table, _meanings(root / "participants.json")), list(failures)
+    people = _People.read(table, _meanings(root / "participants.json"), used_columns)
+    faults = list(failures)
     found_masks = _find_masks(root if masks is None else Path(masks), given=masks is not None)
 
     scans: list[Scan] = []
@@ -397,6 +412,7 @@ class _Cell:
     table: Table
     row: int
     column: str
+    note: str = ""
 
     @property
     def text(self) -> str:
@@ -432,8 +448,9 @@ class _People:
     table: Table
     id_column: str
     session_column: str
-    age_column: str
+    age_columns: tuple[str, ...]
     sex_column: str
+    used_columns: tuple[str, ...]
     by_label: Mapping[str, list[int]]
     by_bare_label: Mapping[str, list[int]]
     sex_levels: Mapping[str, str]
@@ -441,13 +458,12 @@ class _People:
     meanings: Mapping[str, Any]
 
     @classmethod
-    def read(cls, table: Table, meanings: Mapping[str, Any]) -> _People:
+    def read(cls, table: Table, meanings: Mapping[str, Any], used_columns: Sequence[str]) -> _People:
         id_column, sex_column = _column(table, ("participant_id",)), _column(table, SEX_COLUMNS)
-        age_column = _find_column(table, AGE_COLUMNS)
-        if not age_column and not any(table.path.parent.glob("sub-*/sub-*_sessions.tsv")):
-            _column(table, AGE_COLUMNS)
         meanings = {column: about for column in table.columns if (about := _about(column, meanings)) is not None}
-        _check_age_unit(table, meanings, age_column)
+        age_columns = _age_columns(table, meanings)
+        if not age_columns and not any(table.path.parent.glob("sub-*/sub-*_sessions.tsv")):
+            _column(table, AGE_COLUMNS)
         by_label: dict[str, list[int]] = {}
         by_bare_label: dict[str, list[int]] = {}
         for row, cells in enumerate(table.rows):
@@ -463,14 +479,19 @@ class _People:
             table,
             id_column,
             _find_column(table, ("session_id",)),
-            age_column or "age",
+            age_columns or ("age",),
             sex_column,
+            tuple(used_columns),
             by_label,
             by_bare_label,
             sex_levels,
             any(_code(cells[sex_column]) == "2" for cells in table.rows),
             meanings,
         )
+
+    @property
+    def age_column(self) -> str:
+        return self.age_columns[0]
 
     @property
     def other_columns(self) -> tuple[str, ...]:
@@ -517,24 +538,36 @@ class _People:
                 remedy=f"Write {participant_id} in the row that is theirs.",
                 reason="ambiguous_id",
             )
-        said = [[_Cell(self.table, r, c).text for c in (self.age_column, self.sex_column)] for r in rows]
-        if len({tuple(map(_comparable, texts)) for texts in said}) > 1:
+        told = [self._cells(row) for row in rows]
+        differing = [c for c in told[0] if len({_comparable(cells[c].text) for cells in told}) > 1]
+        if used := [c for c in differing if c in (self.age_column, self.sex_column, *self.used_columns)]:
             raise BadInput(
-                f"lines {lines} of {self.table.path.name} give this person different ages or sexes.",
+                f"lines {lines} of {self.table.path.name} give this person different values of {', '.join(used)}.",
                 remedy="Keep one row a person (or add a session_id column).",
                 reason="duplicate_rows",
             )
         written = self.table.rows[rows[0]][self.id_column]
         same = composed(written) in (participant_id, participant_id[4:])
         notes = [] if same else [f"matched to the row of {written}"]
-        return rows[0], (*notes, *([f"lines {lines} of the table say the same"] if len(rows) > 1 else []))
+        if differing:
+            first = self.table.lines[rows[0]]
+            notes.append(f"lines {lines} of the table differ in {', '.join(differing)}: taken from line {first}")
+        elif len(rows) > 1:
+            notes.append(f"lines {lines} of the table say the same")
+        return rows[0], tuple(notes)
+
+    def _cells(self, row: int) -> dict[str, _Cell]:
+        """The cells of a row by column; that of the age may be of another column than it stands under."""
+        cells = {c: _Cell(self.table, row, c) for c in (self.sex_column, *self.other_columns)}
+        return {self.age_column: _first_given(self.table, row, self.age_columns)} | cells
 
     def person(self, row: int, visit: _Visit | None) -> _Person:
         """What the study says of the person in this row, at the visit where that has a word on it; BadInput where age
         or sex cannot be told."""
-        cells = {c: _Cell(self.table, row, c) for c in (self.age_column, self.sex_column, *self.other_columns)}
+        cells = self._cells(row)
         notes = () if visit is None else self._put_visit(cells, visit)
         sex, age_years = self._sex(cells[self.sex_column]), _age_years(cells[self.age_column])
+        notes += tuple(cell.note for cell in cells.values() if cell.note)
         return _Person(sex, age_years, {c: cells[c].text for c in self.other_columns}, notes)
 
     def _put_visit(self, cells: dict[str, _Cell], visit: _Visit) -> tuple[str, ...]:
@@ -542,12 +575,13 @@ class _People:
         taken: list[str] = []
         missing: list[str] = []
         for column in cells:
-            found = _find_column(visit.table, AGE_COLUMNS if column == self.age_column else (column,))
+            if column == self.age_column:
+                found = _age_columns(visit.table, visit.meanings)
+            else:
+                found = tuple(filter(None, [_find_column(visit.table, (column,))]))
             if not found or column == self.session_column:
                 continue
-            if column == self.age_column:
-                _check_age_unit(visit.table, visit.meanings, found)
-            cell = _Cell(visit.table, visit.row, found)
+            cell = _first_given(visit.table, visit.row, found)
             (missing if cell.is_missing else taken).append(column)
             cells[column] = cells[column] if cell.is_missing else cell
         where = visit.table.path.name
@@ -572,6 +606,18 @@ class _People:
                 "Write F or M (female, male; 0 is female, 1 male), or explain it under Levels in participants.json.",
             )
         return sex
+
+
+def _first_given(table: Table, row: int, columns: Sequence[str]) -> _Cell:
+    """Of columns that mean the same, the first that has a value in this row, with a note where others say otherwise;
+    the first of all where none has."""
+    cells = [_Cell(table, row, column) for column in columns]
+    at = next((i for i, cell in enumerate(cells) if not cell.is_missing), 0)
+    taken = cells[at]
+    others = cells[:at]  # which have no value
+    others += [c for c in cells[at + 1 :] if not c.is_missing and _comparable(c.text) != _comparable(taken.text)]
+    said = ", ".join(f"{cell.column} is {cell.text or 'n/a'}" for cell in others)
+    return replace(taken, note=f"took {taken.column}, {taken.text} ({said})") if others else taken
 
 
 def _age_years(cell: _Cell) -> float:
@@ -662,18 +708,28 @@ def _about(column: str, meanings: Mapping[str, Any]) -> Any:
     return meanings.get(column, alike[0] if alike else None)
 
 
-def _check_age_unit(table: Table, meanings: Mapping[str, Any], column: str) -> None:
-    """BadInput where the first unit of time among the words under Units is not the year."""
-    about = _about(column, meanings)
-    unit = str(about.get("Units", "")) if isinstance(about, dict) else ""
-    named = _UNIT_OF_TIME.search(unit)
-    if named and not named.group(1).lower().startswith("y"):
+def _age_columns(table: Table, meanings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns of AGE_COLUMNS that are there, without those of another unit; BadInput where none is left."""
+    found = [column for name in AGE_COLUMNS if (column := _find_column(table, (name,)))]
+    units = {column: _foreign_unit(column, meanings) for column in found}
+    in_years = tuple(column for column in found if not units[column])
+    if found and not in_years:
         raise BadInput(
-            f"column {column!r} has the unit {unit!r} (the JSON file beside it says so); ages must be in years.",
+            f"column {found[0]!r} has the unit {units[found[0]]!r} (the JSON file beside it says so); ages must be in "
+            "years.",
             remedy="Add a column age_years.",
             path=table.path,
             reason="bad_unit",
         )
+    return in_years
+
+
+def _foreign_unit(column: str, meanings: Mapping[str, Any]) -> str:
+    """What a JSON file says under Units where the first unit of time among its words is not the year; else empty."""
+    about = _about(column, meanings)
+    unit = str(about.get("Units", "")) if isinstance(about, dict) else ""
+    named = _UNIT_OF_TIME.search(unit)
+    return unit if named and not named.group(1).lower().startswith("y") else ""
 
 
 def _label(text: str, prefix: str = "sub-") -> str:

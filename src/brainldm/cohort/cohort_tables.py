@@ -18,7 +18,16 @@ from brainldm.cohort.split import Split
 
 OUR_COLUMNS = ("participant_id", "age_years", "sex", "ventricles_mm3", "brain_mm3", "split")
 # What BIDS has no place for. The validator is told to look away; people and our own commands read it.
-BIDSIGNORE = ("prepared.json", "manifest.jsonl", "quality.tsv", "failures.tsv", "sub-*/figures", "*_xfm.json")
+BIDSIGNORE = ("prepared.json", "manifest.jsonl", "quality.*", "failures.tsv", "sub-*/figures", "*_xfm.json")
+FLAGS = {
+    "poor_registration": "the aligned scan hardly goes with the template",
+    "poor_measurement": "the tissues found in the scan are not those of a brain; its volumes are not to be believed",
+    "field_of_view_cut": "part of the template's brain lies outside the scan",
+    "ventricles_at_limit": "ventricles larger than the built-in measure sees whole: they are found too small",
+    "brain_outside_box": "part of the brain lies outside the grid's box",
+    "not_own_size": "the scan was warped to a template: head and ventricles are of the template's size",
+    "duplicate": "another person has the same image",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,19 @@ class CohortPerson:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        return (*self.record["flags"], *(("duplicate",) if self.same_image_as else ()))
+        told = {"not_own_size": self.scan.is_warped, "duplicate": bool(self.same_image_as)}
+        return (*self.record["flags"], *(flag for flag, is_so in told.items() if is_so))
+
+
+def alignment(people: Sequence[CohortPerson]) -> str:
+    """How these people's images lie, in words: a rigid motion keeps a head's size, a warp before it did not."""
+    warped = [p.scan.space for p in people if p.scan.is_warped]
+    if not warped:
+        return "rigidly aligned to MNI152"
+    told = f"warped to the size of a template ({', '.join(f'space-{space}' for space in sorted(set(warped)))})"
+    if len(warped) == len(people):
+        return told
+    return f"rigidly aligned to MNI152; {len(warped)} of {len(people)} {told}"
 
 
 def write_cohort_tables(
@@ -109,7 +130,9 @@ def _write_quality(out: Path, people: Sequence[CohortPerson]) -> None:
     figures = sorted({name for p in people for name in p.record["quality"]} - {"brain_native_mm3"})
     rows = []
     for person in people:
-        same = [f"same image as {', '.join(person.same_image_as)}"] if person.same_image_as else []
+        notes = [f"same image as {', '.join(person.same_image_as)}"] if person.same_image_as else []
+        if person.scan.is_warped:
+            notes.append(f"warped to a template (space-{person.scan.space}): not of the person's own size")
         rows.append(
             {
                 "participant_id": person.id,
@@ -117,10 +140,11 @@ def _write_quality(out: Path, people: Sequence[CohortPerson]) -> None:
                 "flags": ", ".join(person.flags),
                 "brain_native_mm3": (person.record["measured"] or {}).get("brain_native_mm3"),
                 **person.record["quality"],
-                "notes": "; ".join([*same, *person.record["notes"]]),
+                "notes": "; ".join([*notes, *person.record["notes"]]),
             }
         )
     write_table(out / "quality.tsv", ("participant_id", "source", "flags", "brain_native_mm3", *figures, "notes"), rows)
+    write_json(out / "quality.json", {"flags": {"Description": "What should be looked at", "Levels": FLAGS}})
 
 
 def _write_failures(out: Path, failures: Sequence[Failure]) -> None:
@@ -134,9 +158,11 @@ def _write_failures(out: Path, failures: Sequence[Failure]) -> None:
 
 def _write_descriptions(out: Path, study: Study, config: PrepareConfig, people: Sequence[CohortPerson]) -> None:
     grid = grid_named(config.grid)
-    described = f"T1w images of {study.name}, aligned rigidly to the MNI152 template, on the {grid.name} grid, in 0..1"
+    aligned = alignment(people)
+    described = f"T1w images of {study.name}, {aligned}, on the {grid.name} grid, in 0..1"
     write_json(out / "dataset_description.json", dataset_description(f"{study.name}, prepared", described))
-    write_text(out / "README.md", _README.format(name=study.name, grid=grid.name, voxel_mm=grid.voxel_mm))
+    readme = _README.format(name=study.name, aligned=aligned, grid=grid.name, voxel_mm=grid.voxel_mm)
+    write_text(out / "README.md", readme)
     write_text(out / ".bidsignore", "\n".join(BIDSIGNORE) + "\n")
     all_stripped = all(p.record["stripped"] for p in people)
     sidecar = t1w_sidecar(described, skull_stripped=all_stripped, voxel_mm=grid.voxel_mm)
@@ -151,11 +177,12 @@ def _write_descriptions(out: Path, study: Study, config: PrepareConfig, people: 
 
 _README = """# {name}, prepared
 
-Made by `brainldm prepare`. Every image is aligned rigidly to the MNI152 template (heads keep their size), resliced once
-to the `{grid}` grid ({voxel_mm:g} mm, RAS+) and scaled to 0..1.
+Made by `brainldm prepare`. The images are {aligned}, resliced once to the `{grid}` grid
+({voxel_mm:g} mm, RAS+) and scaled to 0..1. A rigid motion keeps a head's size, a warp to a template does not.
 
 - `participants.tsv`: covariates and split, one row a person; `participants.json` says what the columns mean
-- `quality.tsv`: how well each scan fitted, and what should be looked at; `sub-*/figures/` shows it
+- `quality.tsv`: how well each scan fitted, and what should be looked at (`quality.json` says what the flags mean);
+  `sub-*/figures/` shows it
 - `failures.tsv` (only if there are any): who could not be used, and why
 - `sub-*/anat/*_xfm.json`: the transforms, in mm
 - `prepared.json`, `manifest.jsonl`: how it was made, and the SHA-256 of every image

@@ -8,6 +8,7 @@ Anything that gives a `Measured` can take its place: tables of SynthSeg and Free
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +36,7 @@ from brainldm.cohort.template import load_template
 NEAR_VENTRICLES_MM = 10.5
 DEEP_MM = 15.0
 SPECK_FRACTION = 0.05
+MOST_ROOM_FILLED = 0.7
 # From this share of CSF on a voxel is ventricle; around it the share is summed as far as one voxel of the image smears
 # it, so that thin horns keep their volume in coarse images.
 CSF_SHARE = 0.4
@@ -68,8 +70,9 @@ class TemplateMeasure:
         """The volumes in `image`: a brain or a whole head, of any resolution and intensity scale.
 
         `regions` are grey matter, white matter and CSF in 12 boxes of template space. `quality` holds the correlation
-        with the template, the separation of grey and white matter in standard deviations, and `poor` (1 where the
-        numbers should not be believed).
+        with the template, the separation of grey and white matter in standard deviations, `ventricle_room_filled` (the
+        share of the room in which ventricles are looked for; beyond MOST_ROOM_FILLED larger ones are found too small),
+        and `poor` (1 where the numbers should not be believed).
         """
         stripped = is_skull_stripped(image)
         if stripped:
@@ -82,16 +85,22 @@ class TemplateMeasure:
         tissues = _tissues(image, registration)
         head_scaling = registration.head_scaling
         regions = _template_mm3(image, registration, tissues)
+        ventricles_template_mm3 = _ventricles_template_mm3(image, registration, tissues)
         brain_mm3 = sum(volume for name, volume in regions.items() if not name.startswith("csf"))
         separation = (tissues.white - tissues.grey) / tissues.spread
         correlation = registration.quality.get("correlation", 1.0)
         poor = correlation < POOR_CORRELATION or separation < 1.5 or not 0.6 < head_scaling < 2.6
         return Measured(
-            ventricles_mm3=_ventricles_template_mm3(image, registration, tissues) / head_scaling,
+            ventricles_mm3=ventricles_template_mm3 / head_scaling,
             brain_mm3=brain_mm3,
             brain_native_mm3=brain_mm3 / head_scaling,
             head_scaling=head_scaling,
-            quality={"correlation": correlation, "tissue_separation": float(separation), "poor": float(poor)},
+            quality={
+                "correlation": correlation,
+                "tissue_separation": float(separation),
+                "ventricle_room_filled": ventricles_template_mm3 / float(_ventricle_region().allowed.sum()),
+                "poor": float(poor),
+            },
             regions=regions,
         )
 
@@ -250,11 +259,10 @@ _ASEG_HEAD = ("EstimatedTotalIntraCranialVol", "eTIV")
 
 
 def measured_from_tables(path: Path) -> dict[str, Measured]:
-    """Volumes by participant from what `mri_synthseg --vol` or FreeSurfer's `asegstats2table` wrote (CSV or TSV).
+    """Volumes by scan from what `mri_synthseg --vol` or FreeSurfer's `asegstats2table` wrote (CSV or TSV).
 
-    The head's size is the intracranial volume of the table. BadInput when a column is missing or a cell is no number.
-    Participants are the first column's text, from `sub-` on where that occurs in it. BadInput as well when somebody has
-    several rows that differ: of which session or run is wanted, the table cannot say.
+    The head's size is the intracranial volume of the table. Scans are called what `scan_of` makes of the first column's
+    text. BadInput when a column is missing, a cell is no number, or a scan has several rows that differ.
     """
     table = read_table(path)
     lower = {column.lower(): column for column in table.columns}
@@ -278,16 +286,54 @@ def measured_from_tables(path: Path) -> dict[str, Measured]:
         )
     found: dict[str, Measured] = {}
     for row in range(len(table)):
-        participant_id = participant_of(table.rows[row][table.columns[0]])
+        scan = scan_of(table.rows[row][table.columns[0]])
         measured = _measured_row(table, row, ventricles, brain, head)
-        if found.setdefault(participant_id, measured) != measured:
+        if found.setdefault(scan, measured) != measured:
             raise table.fault(
                 row,
                 table.columns[0],
-                f"is a second row of {participant_id}, with other volumes.",
-                "Keep one row a person: that of the scan which is used.",
+                f"is a second row of {scan}, with other volumes.",
+                "Keep one row a scan.",
             )
     return found
+
+
+def by_participant(measured: Mapping[str, Measured]) -> dict[str, dict[str, Measured]]:
+    """What `measured_from_tables` found, the scans of each participant together."""
+    found: dict[str, dict[str, Measured]] = {}
+    for scan, volumes in measured.items():
+        found.setdefault(participant_of(scan), {})[scan] = volumes
+    return found
+
+
+def volumes_of_scan(of_participant: Mapping[str, Measured], file: str) -> Measured:
+    """The volumes of the scan in `file` among those of its participant's scans.
+
+    A session, run and so on that both names give must agree, leading zeros aside; what one of them leaves out is no
+    difference. BadInput when all are of other scans, or several that differ could be this one's.
+    """
+    wanted = _which_scan(file)
+    fitting: dict[tuple[int, int, int], list[str]] = {}
+    for scan in of_participant:
+        told = _which_scan(scan)
+        both = told.keys() & wanted.keys()
+        if all(told[name].lstrip("0") == wanted[name].lstrip("0") for name in both):
+            exact = sum(told[name] == wanted[name] for name in both)
+            fitting.setdefault((len(both), exact, -len(told)), []).append(scan)
+    if not fitting:
+        raise BadInput(
+            f"there are volumes of {', '.join(of_participant)} alone, not of this scan.",
+            remedy="Segment the session (run) that is used, or name it in its row.",
+            reason="bad_volume",
+        )
+    first, *others = fitting[max(fitting)]
+    if any(of_participant[scan] != of_participant[first] for scan in others):
+        raise BadInput(
+            f"each of {', '.join([first, *others])} could be this scan, and their volumes differ.",
+            remedy="Keep the row of this scan alone.",
+            reason="bad_volume",
+        )
+    return of_participant[first]
 
 
 def _first_of(table: Table, lower: dict[str, str], names: tuple[str, ...]) -> str:
@@ -323,5 +369,16 @@ def _measured_row(table: Table, row: int, ventricles: list[str], brain: list[str
 
 def participant_of(text: str) -> str:
     """The participant that a file name or path in a table of volumes is about."""
-    found = re.search(r"sub-[A-Za-z0-9]+", text)
+    found = re.search(r"sub-[^_/\\.]+", text)
     return found.group(0) if found else Path(text).name.split(".")[0]
+
+
+def scan_of(text: str) -> str:
+    """The participant, and which of their scans: sub-01_ses-2_run-1 of sub-01/ses-2/anat/sub-01_run-1_T1w.nii.gz."""
+    return "_".join([participant_of(text), *(f"{name}-{value}" for name, value in _which_scan(text).items())])
+
+
+def _which_scan(text: str) -> dict[str, str]:
+    """What a file name or path gives of the entities that tell a participant's T1w scans apart."""
+    given = dict(re.findall(r"[_/\\](ses|acq|ce|rec|run)-([^_/\\.]+)", text.partition("sub-")[2]))
+    return {name: given[name] for name in ("ses", "acq", "ce", "rec", "run") if name in given}

@@ -15,7 +15,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import brainldm
 from brainldm.base.counts import counted
@@ -28,12 +28,15 @@ from brainldm.base.progress import Progress, Quiet
 from brainldm.base.tables import number_in, read_table
 from brainldm.base.volume import grid_named
 from brainldm.cohort.bids import Failure, Scan, Study, composed, read_study
-from brainldm.cohort.cohort_tables import CohortPerson, write_cohort_tables
+from brainldm.cohort.cohort_tables import CohortPerson, alignment, write_cohort_tables
 from brainldm.cohort.dataset import FORMAT, KIND, read_prepared_json
 from brainldm.cohort.prepare_config import PrepareConfig, ScanTask
 from brainldm.cohort.source import is_source_of
 from brainldm.cohort.split import SPLITS, Split, assign_splits, moved_people
 from brainldm.cohort.unires import unires_python
+
+if TYPE_CHECKING:
+    from brainldm.cohort.measure import Measured
 
 __all__ = ["PrepareConfig", "PrepareSummary", "prepare_study"]
 
@@ -101,7 +104,8 @@ def prepare_study(
     check_workers(workers)
     _check_tools(config)
     check_output_apart(out, bids)
-    study = read_study(bids, masks=config.masks, need_masks=config.uses_masks)
+    used_columns = VOLUMES if config.volumes == "table" else ()
+    study = read_study(bids, masks=config.masks, need_masks=config.uses_masks, used_columns=used_columns)
     left_out = _left_out(study, leave_out)
     volumes, failures = _known_volumes(study, config)
     failures += study.failures + [f for f in map(_unusable_id, study.scans) if f]
@@ -192,6 +196,7 @@ def _known_volumes(study: Study, config: PrepareConfig) -> tuple[dict[str, dict[
         return {}, []
     known: dict[str, dict[str, float]] = {}
     failures: list[Failure] = []
+    table: Mapping[str, Mapping[str, Measured]] | None = None
     if config.volumes == "table":
         missing = [c for c in VOLUMES if c not in study.columns]
         if missing:
@@ -202,19 +207,21 @@ def _known_volumes(study: Study, config: PrepareConfig) -> tuple[dict[str, dict[
                 reason="missing_column",
             )
         told, remedy = "the study's table", "Write it in mm^3, or use --volumes measure."
-        cells = {s.participant_id: {c: s.others[c] for c in VOLUMES} for s in study.scans}
     else:
         told, remedy = Path(config.volumes).name, "Measure this person too, or use --volumes measure."
-        from brainldm.cohort.measure import measured_from_tables
+        from brainldm.cohort.measure import by_participant, measured_from_tables
 
-        measured = measured_from_tables(Path(config.volumes))
-        cells = {
-            i: {"ventricles_mm3": repr(m.ventricles_mm3), "brain_mm3": repr(m.brain_mm3)} for i, m in measured.items()
-        }
+        table = by_participant(measured_from_tables(Path(config.volumes)))
     for scan in study.scans:
+        try:
+            cells = scan.others if table is None else _cells_in(table, scan)
+        except BadInput as error:
+            message = f"in {told}, {error.message}"
+            failures.append(Failure(scan.participant_id, scan.file, "bad_volume", message, error.remedy))
+            continue
         fault, values = "", {}
         for name in VOLUMES:
-            text = _of_person(cells, scan.participant_id).get(name, "")
+            text = cells.get(name, "")
             value = number_in(text)
             if value is not None:
                 values[name] = value
@@ -229,9 +236,16 @@ def _known_volumes(study: Study, config: PrepareConfig) -> tuple[dict[str, dict[
     return known, failures
 
 
-def _of_person(cells: Mapping[str, Mapping[str, str]], participant_id: str) -> Mapping[str, str]:
-    """The row under the person's id, written with or without `sub-`."""
-    return cells.get(participant_id) or cells.get(participant_id.removeprefix("sub-")) or {}
+def _cells_in(table: Mapping[str, Mapping[str, Measured]], scan: Scan) -> dict[str, str]:
+    """The volumes of the scan under its person's id, written with or without `sub-`; empty where there are none.
+    BadInput where those there are of other scans."""
+    from brainldm.cohort.measure import volumes_of_scan
+
+    of_person = table.get(scan.participant_id) or table.get(scan.participant_id.removeprefix("sub-"))
+    if of_person is None:
+        return {}
+    measured = volumes_of_scan(of_person, scan.file)
+    return {name: repr(getattr(measured, name)) for name in VOLUMES}
 
 
 def _earlier_facts(out: Path, study: Study, config: PrepareConfig) -> Mapping[str, Any]:
@@ -469,7 +483,7 @@ def _finish(
     counts: dict[str, int] = {split: list(splits.values()).count(split) for split in SPLITS}
     facts |= {
         "preprocessing": {
-            "space": "rigidly aligned to MNI152",
+            "space": alignment(people),
             "register": config.register,
             "skull": config.skull,
             "skull_stripped": bool(people) and all(p.record["stripped"] for p in people),

@@ -16,7 +16,8 @@ from brainldm.cohort.split import check_holdout
 class PrepareConfig:
     """What decides the prepared images and who is in which split. Where to write and how fast is not in here.
 
-    `register`: `auto` aligns rigidly whatever is not named `space-MNI...`; `none` takes the header's word.
+    `register`: `auto` aligns rigidly whatever is not named `space-MNI...`; `none` takes the header's word. Nothing
+    undoes a warp: heads in MNI spaces other than our own are flagged.
     `skull`: `keep` what is there, or `strip` it with the study's own masks, by the template, or with deepbet.
     `volumes`: `measure` them in the scan, take them from the study's `table`, or from a file of SynthSeg or FreeSurfer.
     `percentile`: None is the paper's min-max; 99.9, say, is robust to a few bright voxels.

@@ -18,8 +18,7 @@ from brainldm.base.errors import BadInput
 from brainldm.base.files import sha256_of, write_json
 from brainldm.base.nifti import check_is_regular_file, read_nifti, write_nifti
 from brainldm.base.volume import Volume, grid_named, same_voxels
-from brainldm.cohort.bids import Scan
-from brainldm.cohort.measure import TemplateMeasure
+from brainldm.cohort.measure import MOST_ROOM_FILLED, TemplateMeasure
 from brainldm.cohort.normalise import background_at_zero, unit_range
 from brainldm.cohort.overlay import write_overlay
 from brainldm.cohort.prepare_config import PrepareConfig, ScanTask
@@ -55,7 +54,9 @@ def prepare_scan(task: ScanTask) -> dict[str, Any]:
     mask = None if mask_path is None else _read_mask(mask_path, native)
     unscaled, native = native, Volume(background_at_zero(native.data_XYZ), native.affine, native.notes)
 
-    registration = _registration(scan, native, mask, config, measure=task.measure)
+    # A scan that stays in its place is compared with the template as well: nothing else tells whether it lies there.
+    in_place = config.register == "none" or (config.register == "auto" and scan.space.startswith("MNI"))
+    registration = register_to_template(native, mask, aligned=in_place)
     notes, quality = [*scan.notes, *native.notes], dict(registration.quality)
 
     placed, placing = native, registration
@@ -63,6 +64,8 @@ def prepare_scan(task: ScanTask) -> dict[str, Any]:
         aligned = aligned_by_unires(unscaled, scan.path)
         placed = Volume(background_at_zero(aligned.data_XYZ), aligned.affine)
         placing = register_to_template(placed, aligned=True)
+        # Of the image that is written; size and turn stay those of the scan's head.
+        quality |= {name: placing.quality[name] for name in ("correlation", "cut_brain_fraction")}
     stripped = is_skull_stripped(placed)
     if config.skull == "strip" and stripped and mask is None:
         notes.append("the skull was stripped already")
@@ -89,7 +92,7 @@ def prepare_scan(task: ScanTask) -> dict[str, Any]:
             "brain_native_mm3": round(result.brain_native_mm3, 1),
             "head_scaling": round(result.head_scaling, 6),
         }
-        quality |= result.quality
+        quality = result.quality | quality
 
     resampled = resample_to_grid(placed, placing.mni_from_scan, grid)
     image_XYZ = unit_range(resampled.data_XYZ, percentile=config.percentile)
@@ -165,15 +168,6 @@ def _read_mask(path: Path, scan: Volume) -> Volume:
     return mask
 
 
-def _registration(
-    scan: Scan, native: Volume, mask: Volume | None, config: PrepareConfig, *, measure: bool
-) -> Registration:
-    in_place = config.register == "none" or (config.register == "auto" and scan.space.startswith("MNI"))
-    if in_place and not measure:
-        return Registration(np.eye(4), np.eye(4), {}, "none")
-    return register_to_template(native, mask, aligned=in_place)
-
-
 def unseen_brain(scan: Volume, registration: Registration) -> float:
     """Which share of the template's brain lies outside the scan's field of view; 0 is perfect."""
     template = load_template(4).brain_mask
@@ -188,12 +182,14 @@ def unseen_brain(scan: Volume, registration: Registration) -> float:
 
 def _flags(quality: Mapping[str, float]) -> list[str]:
     flags = []
-    if quality.get("correlation", 1.0) < POOR_CORRELATION:
+    if quality["correlation"] < POOR_CORRELATION:
         flags.append("poor_registration")
-    if quality.get("poor", 0.0) > 0:
+    if quality.get("poor", 0.0) > 0:  # there is none where nothing was measured
         flags.append("poor_measurement")
+    if quality.get("ventricle_room_filled", 0.0) > MOST_ROOM_FILLED:
+        flags.append("ventricles_at_limit")
     if quality["unseen_brain_fraction"] > MAX_UNSEEN_BRAIN:
         flags.append("field_of_view_cut")
-    if quality.get("cut_brain_fraction", 0.0) > MAX_CUT_BRAIN:
+    if quality["cut_brain_fraction"] > MAX_CUT_BRAIN:
         flags.append("brain_outside_box")
     return flags

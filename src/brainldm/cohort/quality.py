@@ -80,7 +80,9 @@ def _tissues(inside_N: np.ndarray) -> tuple[float, float, float, float]:
     chosen = stream(0, "quality/mixture", len(inside_N)).choice(inside_N, min(len(inside_N), _MIXTURE_VOXELS))
     chosen = chosen + 1e-4 * np.linspace(-1, 1, len(chosen))  # a constant image has a mixture too
     starts = np.quantile(chosen, [0.15, 0.5, 0.85])[:, None]
-    mixture = GaussianMixture(3, covariance_type="tied", means_init=starts, max_iter=40, tol=1e-3, reg_covar=1e-6)
+    mixture = GaussianMixture(
+        3, covariance_type="tied", means_init=starts, random_state=0, max_iter=40, tol=1e-3, reg_covar=1e-6
+    )
     mixture.fit(chosen[:, None])
     order = np.argsort(mixture.means_[:, 0])
     low, middle, high = mixture.means_[order, 0]

@@ -41,9 +41,15 @@ _TURNS_DEGREES = [(0, 0, 0)] + [
 ]
 # A mutual information (negative, at 8 mm) that only a brain lying right reaches; turned ones stay above -0.8.
 GOOD_START = -0.9
-_WHOLE_HEAD_SCALE = 0.92  # of a scan on the template; skin and neck say little of the brain's size
+# Of a scan on the template: skin and neck say little of the brain's size, so small heads are tried too.
+_WHOLE_HEAD_SCALE, _SMALL_HEAD_SCALE = 0.92, 0.82
 # Below this correlation with the template (over its brain, after the affine) somebody should look at the overlay.
 POOR_CORRELATION = 0.6
+# What tells a brain from a whole head: its size, and how far the brightness falls from skin and fat to bone (0.7 to 0.8
+# in a head, 0.1 at most in brains of people, of phantoms and of models).
+LARGER_THAN_BRAINS_ML = 2600
+WHOLE_HEAD_FALL = 0.25
+_PROFILE_MM, _PROFILE_SHELLS = 3.0, 6
 BACKGROUND_SHARE = 0.02  # of the bright end; tissue, CSF too, is well above it in T1w
 
 
@@ -122,13 +128,46 @@ def resample_to_grid(scan: Volume, mni_from_scan: np.ndarray, grid: Grid) -> Vol
 
 
 def is_skull_stripped(scan: Volume) -> bool:
-    """Whether a scan shows a brain alone: much of it is dark, and what is not is brain-sized.
+    """Whether a scan shows a brain alone: much of it is dark, what is not is brain-sized, and no skin lies over bone.
 
-    A whole head fills litres beyond the brain (skin, fat, neck) even where its background is exactly 0.
+    Size alone cannot tell: a small head cut at the box's floor has two litres, as a large brain has.
     """
     background_XYZ = _background(scan)
     inside_ml = float((~background_XYZ).sum()) * scan.voxel_mm3 / 1000
-    return bool(background_XYZ.mean() > 0.2 and inside_ml < 2600)
+    if background_XYZ.mean() <= 0.2 or inside_ml >= LARGER_THAN_BRAINS_ML:
+        return False
+    return _fall_inwards(scan, ~background_XYZ) < WHOLE_HEAD_FALL
+
+
+def _fall_inwards(scan: Volume, lit_XYZ: np.ndarray) -> float:
+    """By what share the brightness falls on the way from the surface inwards, over the upper 75 mm of what is lit.
+
+    Skin and fat are bright and the bone below them is dark; a brain alone only grows brighter from the pia to the white
+    matter.
+    """
+    every = tuple(max(1, round(_PROFILE_MM / size)) for size in scan.voxel_mm)
+    data_XYZ, lit_XYZ = (array_XYZ[:: every[0], :: every[1], :: every[2]] for array_XYZ in (scan.data_XYZ, lit_XYZ))
+    pieces, count = ndi.label(lit_XYZ)
+    if count > 1:
+        lit_XYZ = pieces == 1 + np.bincount(pieces[pieces > 0] - 1).argmax()
+    # Where the field of view ends is no surface: beyond it the head is taken to go on.
+    head_XYZ = ndi.binary_fill_holes(ndi.binary_closing(np.pad(lit_XYZ, 3, mode="edge"), iterations=2))
+    depth_XYZ = ndi.distance_transform_edt(head_XYZ)[3:-3, 3:-3, 3:-3]
+    z_mm = sum(
+        scan.affine[2, axis] * np.arange(n).reshape([-1 if axis == along else 1 for along in range(3)]) * step
+        for axis, (n, step) in enumerate(zip(data_XYZ.shape, every))
+    )
+    inside_XYZ = depth_XYZ > 0
+    top_mm = np.percentile(np.broadcast_to(z_mm, data_XYZ.shape)[inside_XYZ], 99.5)
+    upper_XYZ = inside_XYZ & (z_mm > top_mm - 75.0)
+    shells = [upper_XYZ & (depth_XYZ > d) & (depth_XYZ <= d + 1) for d in range(_PROFILE_SHELLS)]
+    low = float(scan.data_XYZ.min())
+    profile = [float(np.median(data_XYZ[shell])) - low for shell in shells if shell.sum() >= 20]
+    brightest, fall = 0.0, 0.0
+    for brightness in profile:
+        brightest = max(brightest, brightness)
+        fall = max(fall, 1 - brightness / brightest if brightest > 0 else 0.0)
+    return fall
 
 
 def with_black_background(brain: Volume) -> Volume:
@@ -241,7 +280,7 @@ def _centre_of_mass(volume: Volume) -> np.ndarray:
 
 def _starts(moving: Volume, skull_stripped: bool) -> list[np.ndarray]:
     """First guesses of scan_from_mni: centres on one another, heads of one size, several turns; for a whole head also
-    several heights, because its centre of mass lies below the brain's."""
+    several heights, because its centre of mass lies below the brain's, and upright ones of a small head."""
     coarse = _coarser(moving, COARSE_MM)
     fixed = _fixed(COARSE_MM)
     centre_mni = _centre_of_mass(fixed)
@@ -256,13 +295,15 @@ def _starts(moving: Volume, skull_stripped: bool) -> list[np.ndarray]:
         # The brain's centre lies about 75 mm below the top of the skin, wherever the field of view ends below.
         heights = [top - 75.0, top - 90.0, float(centre[2])]
         centres = [np.array([centre[0], centre[1], z]) for z in heights]
+    wanted = [(scale, centre, turn) for centre in centres for turn in _TURNS_DEGREES]
+    if not skull_stripped:
+        wanted += [(_SMALL_HEAD_SCALE, centre, _TURNS_DEGREES[0]) for centre in centres]
     starts = []
-    for centre in centres:
-        for turn in _TURNS_DEGREES:
-            start = np.eye(4)
-            start[:3, :3] = scale * Rotation.from_euler("xyz", turn, degrees=True).as_matrix()
-            start[:3, 3] = centre - start[:3, :3] @ centre_mni
-            starts.append(start)
+    for size, centre, turn in wanted:
+        start = np.eye(4)
+        start[:3, :3] = size * Rotation.from_euler("xyz", turn, degrees=True).as_matrix()
+        start[:3, 3] = centre - start[:3, :3] @ centre_mni
+        starts.append(start)
     return starts
 
 

@@ -158,22 +158,24 @@ def measure(
 
 
 def measured_in_table(images: Sequence[Examined], side: str, path: Path) -> Measurements:
-    """The images' volumes from a table that SynthSeg or FreeSurfer wrote, by participant; images that it lacks become
-    failures."""
-    from brainldm.cohort.measure import measured_from_tables, participant_of
+    """The images' volumes from a table that SynthSeg or FreeSurfer wrote, by participant, session and run; images that
+    it lacks become failures."""
+    from brainldm.cohort.measure import by_participant, measured_from_tables, participant_of, volumes_of_scan
 
-    table = measured_from_tables(path)
+    table = by_participant(measured_from_tables(path))
     found, failures = {}, []
     for look in images:
-        measured = table.get(look.image.participant_id) or table.get(participant_of(look.image.file))
-        if measured is None:
-            missing = BadInput(
-                f"has no row in {path.name}.",
-                remedy="Segment this image too, or leave the image out.",
-                path=look.image.path,
-                reason="not_in_table",
-            )
-            failures.append(Failure.of(side, look.image, missing))
+        of_participant = table.get(look.image.participant_id) or table.get(participant_of(look.image.file))
+        try:
+            if of_participant is None:
+                raise BadInput(
+                    f"has no row in {path.name}.",
+                    remedy="Segment this image too, or leave the image out.",
+                    reason="not_in_table",
+                )
+            measured = volumes_of_scan(of_participant, look.image.file)
+        except BadInput as error:
+            failures.append(Failure.of(side, look.image, error))
             continue
         values = {name: float(getattr(measured, name)) for name in VOLUMES}
         found[look.sha256] = Measurement(values, {}, measured.regions)
