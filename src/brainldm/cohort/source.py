@@ -11,7 +11,8 @@ from brainldm.cohort.bids import Scan
 
 # To be raised whenever a scan would be prepared, or measured, otherwise than before: people of both ways are not mixed.
 # 2: whole heads in MNI space begin at the size of a brain.
-PREPARATION = 2
+# 3: small whole heads are known as such; scans that stay in place are compared with the template too.
+PREPARATION = 3
 
 
 def stamp_of(path: Path) -> dict[str, Any]:

@@ -503,7 +503,7 @@ class _Run:
             progress=self.progress,
         )
         if reader is None:
-            explained = ", ".join(f"{100 * share:.0f} % of {name}" for name, share in facts["explained"].items())
+            explained = ", ".join(f"{100 * share:.1f} % of {name}" for name, share in facts["explained"].items())
             print(  # noqa: T201
                 f"warning: volumes cannot be read in reconstructions of {facts['people']} people ({explained} is "
                 "explained; it takes "
