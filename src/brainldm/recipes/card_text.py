@@ -27,7 +27,7 @@ _LINES = (
     ("extrapolation", "Figure 4: share of noises with monotone ventricles", 2),
 )
 
-_MISSED = "**missed**"
+_MISSED, _NOT_JUDGED = "**missed**", "not judged"
 
 _TEMPLATE = """\
 # {{ name }}
@@ -117,7 +117,6 @@ def card_text(results: Mapping[str, Any]) -> str:
         if facts.get("steps") and facts.get("planned_steps") and facts["steps"] < facts["planned_steps"]
     ]
     lines = [_line(results, *line) for line in _LINES]
-    missed = [line["what"] for line in lines if line["met"] == _MISSED]
     return (
         Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # Markdown
         .from_string(_TEMPLATE)
@@ -130,7 +129,7 @@ def card_text(results: Mapping[str, Any]) -> str:
             shown=min(12, results["settings"]["brains"]),
             lines=lines,
             remarks="\n".join(_bullet(remark) for remark in _remarks(results)),
-            missed=f"Missed: {'; '.join(missed)}." if missed else "Every target is met.",
+            missed=_told_together(lines),
             synthetic=_value(results["ms_ssim"]["synthetic"], 3),
             real=_value(results["ms_ssim"]["held_out"], 3),
             in_head=_value(results["reconstruction"]["in_head"], 1),
@@ -141,7 +140,7 @@ def card_text(results: Mapping[str, Any]) -> str:
             parameters=", ".join(f"{what.replace('_', ' ')} {count:,}" for what, count in model["parameters"].items()),
             megabytes=f"{model['weights_bytes'] / 1e6:.1f}",
             trained=f"recipe `{training['recipe']}`, "
-            + "; ".join(f"{stage} {_stage(facts)}" for stage, facts in stages.items()),
+            + "; ".join(f"{stage} {_stage(facts)}" for stage, facts in stages.items() if facts.get("steps")),
             ranges=_ranges(model["ranges"]),
             volumes_read=_volumes_read(training["volume_reader"]),
             calibration=_calibration(model["response"]),
@@ -169,6 +168,15 @@ def _line(results: Mapping[str, Any], key: str, what: str, decimals: int) -> dic
     }
 
 
+def _told_together(lines: Sequence[Mapping[str, str]]) -> str:
+    """Which targets are missed, and which nobody judged."""
+    sentences = []
+    for told, verdict in (("Missed", _MISSED), ("Not judged", _NOT_JUDGED)):
+        if which := [line["what"] for line in lines if line["met"] == verdict]:
+            sentences.append(f"{told}: {'; '.join(which)}.")
+    return " ".join(sentences) or "Every target is met."
+
+
 def _told(least: float | None, most: float | None) -> str:
     if least is not None and most is not None:
         return f"{least:g} to {most:g}"
@@ -177,7 +185,9 @@ def _told(least: float | None, most: float | None) -> str:
 
 def _verdict(entry: Mapping[str, Any], bounds: Bounds) -> str:
     """Whether a figure lies between the bounds, and whether its interval does."""
-    if entry["value"] is None or not lies_within(entry["value"], bounds):
+    if entry["value"] is None:
+        return _NOT_JUDGED
+    if not lies_within(entry["value"], bounds):
         return _MISSED
     return "met" if all(lies_within(end, bounds) for end in entry["interval_95"] or ()) else "uncertain"
 
