@@ -144,6 +144,10 @@ def test_nothing_to_register_is_refused() -> None:
         register_to_template(Volume(np.zeros((20, 20, 20), np.float32), np.eye(4)))
 
 
+def test_an_image_of_nothing_is_no_head() -> None:
+    assert is_skull_stripped(Volume(np.zeros((20, 20, 20), np.float32), np.eye(4)))
+
+
 def test_a_haze_around_a_brain_is_no_head() -> None:
     brain = moved_template(np.eye(4))
     haze = 0.01 * brain.data_XYZ.max() * np.random.default_rng(0).random(brain.shape_XYZ)

@@ -114,7 +114,7 @@ def test_the_name_is_the_shipped_model_unless_a_model_lies_there(
 def test_export_package_by_command(tiny_run: Path, tmp_path: Path) -> None:
     result = run("export", "package", tiny_run, tmp_path / "packed", "--licence", "CC0-1.0")
     assert result.returncode == 0, result.stderr
-    assert "MB" in result.stdout and "Next: brainldm card" in result.stdout
+    assert "MB" in result.stdout and "brainldm card" in result.stdout
     assert read_description(tmp_path / "packed").licence == "CC0-1.0"
 
 

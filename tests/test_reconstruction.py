@@ -162,5 +162,5 @@ def test_another_grid_and_an_empty_split_are_refused(tiny_run: Path, tiny_cohort
     write_json(other / "prepared.json", facts)
     with pytest.raises(UsageError, match=r"of the grid \(16, 24, 16\) and the cohort of \(32, 24, 16\)"):
         reconstruct_cohort(tiny_run, other, tmp_path / "out")
-    with pytest.raises(UsageError, match="split is empty"):
+    with pytest.raises(UsageError, match="0 people of each split"):
         reconstruct_cohort(tiny_run, tiny_cohort, tmp_path / "out", most=0)

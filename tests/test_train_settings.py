@@ -91,6 +91,9 @@ def test_a_run_goes_on_with_what_leaves_its_result(
 
 def test_a_recipes_settings_are_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     given = ["--set", "diffusion.batch=3", "--dry-run"]
-    app(["train", "fast", "--data", str(tmp_path), "--out", str(tmp_path), *given], result_action="return_value")
+    app(
+        ["train", "fast", "--data", str(tmp_path / "cohort"), "--out", str(tmp_path / "out"), *given],
+        result_action="return_value",
+    )
     printed = json.loads(capsys.readouterr().out)
     assert printed["settings"] == ["diffusion.batch=3"] and printed["diffusion"]["batch"] == 3

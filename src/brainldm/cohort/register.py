@@ -148,6 +148,8 @@ def _fall_inwards(scan: Volume, lit_XYZ: np.ndarray) -> float:
     every = tuple(max(1, round(_PROFILE_MM / size)) for size in scan.voxel_mm)
     data_XYZ, lit_XYZ = (array_XYZ[:: every[0], :: every[1], :: every[2]] for array_XYZ in (scan.data_XYZ, lit_XYZ))
     pieces, count = ndi.label(lit_XYZ)
+    if count == 0:
+        return 0.0
     if count > 1:
         lit_XYZ = pieces == 1 + np.bincount(pieces[pieces > 0] - 1).argmax()
     # Where the field of view ends is no surface: beyond it the head is taken to go on.
