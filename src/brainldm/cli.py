@@ -647,7 +647,6 @@ def table1(
     """Table 1 and Figures 1 to 4 of Pinaya et al. 2022: LSGAN, VAE-GAN and latent diffusion by one judge."""
     from brainldm.recipes.table1 import as_markdown, make_table1
 
-    _check_apart(out, cohort)
     with _progress() as progress:
         table = make_table1(
             cohort,
@@ -725,7 +724,6 @@ def card(
     """
     from brainldm.recipes.model_card import make_card
 
-    _check_apart(out, cohort, phantoms)
     with _progress() as progress:
         results = make_card(
             model,

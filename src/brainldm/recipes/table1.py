@@ -107,8 +107,8 @@ def make_table1(
             remedy="Ask for 1 of each or more, and a space that evaluate knows.",
         )
     given = {name: path for name, path in (models or {}).items() if path is not None}
-    prepared = PreparedCohort.open(cohort)
     check_output_apart(out, cohort)
+    prepared = PreparedCohort.open(cohort)
     check_asked(None, minutes)
     recipe_named(recipe)
     _check_given(given, prepared, seed)
