@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -149,12 +150,13 @@ class NotHere:
         raise EnvironmentProblem("the instrument is not installed here.", remedy="Install it.")
 
 
-def test_what_cannot_be_calibrated_is_refused(tiny_run: Path, brains: tuple[Path, Lookup]) -> None:
+def test_what_cannot_be_calibrated_is_refused(tiny_run: Path, brains: tuple[Path, Lookup], tmp_path: Path) -> None:
     out, instrument = brains
     before = (tiny_run / "model" / "model.json").read_bytes()
-    with pytest.raises(UsageError, match="this is the model itself"):
-        calibrate(tiny_run, tiny_run, n=40, instrument=instrument)
-    assert (tiny_run / "model" / "model.json").read_bytes() == before
+    for folder in (tiny_run, Path(shutil.copytree(tiny_run, tmp_path / "another"))):
+        with pytest.raises(UsageError, match="a model that is no calibration of this one"):
+            calibrate(tiny_run, folder, n=40, instrument=instrument)
+        assert (folder / "model" / "model.json").read_bytes() == before
     with pytest.raises(EnvironmentProblem, match="not installed here"):
         calibrate(tiny_run, out, n=40, instrument=NotHere())
     with pytest.raises(UsageError, match="12 brains are too few"):

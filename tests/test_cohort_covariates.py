@@ -274,6 +274,8 @@ def test_volumes_with_units(text: str, mm3: float) -> None:
         ("1e400ml", "finite"),
         ("nanml", "not a volume"),
         ("40ml 50ml", "unit"),
+        ("40_ml", "unit"),
+        ("1__000ml", "unit"),
     ],
 )
 def test_volumes_that_are_none(text: str, word: str) -> None:

@@ -32,6 +32,7 @@ from brainldm.model.folder import load_model, read_description
 from brainldm.model.latent_diffusion import LatentDiffusion
 
 FAST = GenerateSettings(steps=3, batch=2)
+NOISE_OF_ROW_3 = [-0.78055644, 1.57941496, 0.80452693]
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,40 @@ def test_same_row_same_brain_whatever_batch_or_company(model: LatentDiffusion) -
     assert not np.allclose(alone, other_seed, atol=1e-3)
 
 
+def test_a_dataset_is_the_same_brains_whatever_the_batch_and_others_by_another_seed(
+    model: LatentDiffusion, tmp_path: Path
+) -> None:
+    person = plan_of(model, 1)[0].covariates
+    rows = [PlanRow(index, person) for index in range(5)]  # only their noise differs
+
+    def made(name: str, **settings: object) -> np.ndarray:
+        generate(model, tmp_path / name, rows, replace(FAST, dtype="float32", **settings))  # type: ignore[arg-type]
+        return np.stack([read_nifti(tmp_path / name / image_name(row)).data_XYZ for row in rows])
+
+    in_twos_NXYZ = made("twos")
+    for batch in (1, 5):
+        np.testing.assert_allclose(made(f"batch {batch}", batch=batch), in_twos_NXYZ, atol=1e-4)
+
+    def differ(one_XYZ: np.ndarray, other_XYZ: np.ndarray) -> bool:
+        return float(np.abs(one_XYZ - other_XYZ).max()) > 1e-2
+
+    assert all(differ(in_twos_NXYZ[i], in_twos_NXYZ[j]) for i in range(5) for j in range(i))
+    assert all(map(differ, made("seed", seed=1), in_twos_NXYZ))
+    assert np.ptp(made("one noise", same_noise=True), axis=0).max() < 1e-4
+
+
+def test_a_row_has_noise_of_its_own_for_each_step_and_attempt() -> None:
+    """These numbers are a promise: a dataset that somebody made is made again by them."""
+    assert row_noise(0, 3)(0, (3,)).tolist() == pytest.approx(NOISE_OF_ROW_3, abs=1e-6)
+    draws = [row_noise(seed, row, attempt)(step, (3,)) for seed, row, attempt, step in np.ndindex(2, 2, 2, 2)]
+    assert len({draw.tobytes() for draw in draws}) == 16
+
+
+def test_a_plan_is_of_its_seed(model: LatentDiffusion) -> None:
+    other = make_plan({}, n=3, seed=1, ranges=model.ranges, joint=model.joint)
+    assert not {row.covariates for row in other} & {row.covariates for row in plan_of(model, 3)}
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "ddim-original", "ddpm"])
 def test_every_sampler_gives_finite_brains(model: LatentDiffusion, sampler: str) -> None:
     steps = None if sampler == "ddpm" else 3
@@ -210,6 +245,68 @@ def test_a_dataset_grows_by_the_rows_that_follow(model: LatentDiffusion, tmp_pat
         generate(model, out, others, FAST)
     with pytest.raises(UsageError, match="steps: 3 there"):
         generate(model, out, longer, replace(FAST, steps=2))
+
+
+def test_another_processor_s_last_digits_are_the_same_plan(model: LatentDiffusion, tmp_path: Path) -> None:
+    """exp and log differ in them; the rows that are there stay as they were asked for."""
+    out, rows = tmp_path / "out", plan_of(model, 4)
+    generate(model, out, rows[:2], FAST)
+    nudged = [replace(row, covariates=_nudged(row.covariates)) for row in rows]
+    assert generate(model, out, nudged, FAST).made == 2
+    kept = [row.covariates for row in read_plan(out / "plan.tsv")]
+    assert kept == [row.covariates for row in (*rows[:2], *nudged[2:])]
+    assert read_table(out / "participants.tsv").number(1, "age") == rows[1].covariates.age_years
+
+
+def _nudged(person: Covariates) -> Covariates:
+    return replace(person, age_years=float(np.nextafter(person.age_years, 0)))
+
+
+def test_brains_without_their_plan_are_not_given_another(model: LatentDiffusion, tmp_path: Path) -> None:
+    out, rows = tmp_path / "out", plan_of(model, 2)
+    generate(model, out, rows, FAST)
+    (out / "plan.tsv").unlink()
+    before = (out / "participants.tsv").read_bytes()
+    with pytest.raises(BadInput, match=r"plan\.tsv, which says what was asked of the 2 brains there, is missing"):
+        generate(model, out, rows, FAST)
+    assert (out / "participants.tsv").read_bytes() == before and not (out / "plan.tsv").exists()
+
+
+def test_a_record_says_by_what_software_the_earlier_brains_were_made(
+    model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rows = tmp_path / "out", plan_of(model, 4)
+    generate(model, out, rows[:2], FAST)
+    assert "earlier_runs" not in json.loads((out / "generation.json").read_text())
+    monkeypatch.setattr("brainldm.__version__", "9.9")
+    for _ in range(2):  # the second time there is nothing to make
+        generate(model, out, rows, FAST)
+        record = json.loads((out / "generation.json").read_text())
+        assert record["software"]["brainldm"] == "9.9" and record["n"] == 4
+        (earlier,) = record["earlier_runs"]
+        assert earlier["brains"] == 2 and earlier["software"]["brainldm"] != "9.9" and earlier["software"]["numpy"]
+        sidecar = json.loads((out / "space-MNI152rigid_desc-synth_T1w.json").read_text())
+        assert sidecar["Generator"] == record
+
+
+def test_a_model_may_be_renamed_and_licensed_before_its_dataset_is_finished(
+    model: LatentDiffusion, tmp_path: Path
+) -> None:
+    rows = plan_of(model, 3)
+    generate(model, tmp_path, rows[:2], FAST)
+    named = replace(model, description=model.description.model_copy(update={"name": "new", "licence": "CC0-1.0"}))
+    assert generate(named, tmp_path, rows, FAST).made == 1
+    assert json.loads((tmp_path / "dataset_description.json").read_text())["License"] == "CC0-1.0"
+
+
+def test_the_manifest_of_a_finished_dataset_has_one_line_a_brain_in_order(
+    model: LatentDiffusion, tmp_path: Path
+) -> None:
+    rows = plan_of(model, 4)
+    generate(model, tmp_path, rows, FAST)
+    (tmp_path / image_name(rows[1])).write_bytes(b"torn")
+    generate(model, tmp_path, rows, FAST)
+    assert [record["index"] for record in Manifest(tmp_path / "manifest.jsonl").records()] == [0, 1, 2, 3]
 
 
 GENERATE_AND_DIE = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from brainldm.base.covariates import PAPER_RANGES, Covariates
-from brainldm.base.errors import BadInput, EnvironmentProblem, UsageError
+from brainldm.base.errors import BadInput, EnvironmentProblem, PartialFailure, UsageError
+from brainldm.base.files import read_json, write_json
 from brainldm.base.nifti import read_nifti
 from brainldm.base.volume import GRIDS
 from brainldm.diffusion.solvers import SAMPLERS
@@ -32,7 +34,7 @@ from brainldm.model.description import (
 )
 from brainldm.model.folder import load_model, read_description
 from brainldm.model.latent_diffusion import LatentDiffusion
-from brainldm.model.memory import MemoryPlan, _free_in_groups, _held_and_free, gigabytes, plan_memory
+from brainldm.model.memory import SLAB_BYTES, MemoryPlan, _free_in_groups, _held_and_free, gigabytes, plan_memory
 from brainldm.model.precision import choose_device
 from brainldm.nets.autoencoder import AutoencoderConfig
 from brainldm.nets.blocks import is_forgotten
@@ -206,7 +208,8 @@ def test_the_bundle_s_form_lies_where_the_paper_s_grid_does() -> None:
     found = as_bundle(image)
     assert found.shape == grid.shape_XYZ and found.min() == 0 and found.max() == 1
     inside = image[5:155, 5:219, :145]
-    np.testing.assert_allclose(found, (inside - inside.min()) / np.ptp(inside), atol=1e-6)
+    saved = ((inside - inside.min()) / np.ptp(inside) * 255).astype(np.uint8)  # as the bundle's saver has it
+    np.testing.assert_array_equal(np.rint(found * 255), saved)
     assert np.isfinite(as_bundle(np.zeros((160, 224, 160), np.float32))).all()
 
 
@@ -257,6 +260,31 @@ def test_the_table_of_samplers(tiny_run: Path, tmp_path: Path, monkeypatch: pyte
     assert "unipc" in table.as_text()
 
 
+def test_a_schedule_shorter_than_the_reference_is_compared_by_its_own_steps(tiny_run: Path, tmp_path: Path) -> None:
+    short = Path(shutil.copytree(tiny_run / "model", tmp_path / "model"))
+    description = read_json(short / "model.json")
+    write_json(short / "model.json", description | {"schedule": description["schedule"] | {"steps": 20}})
+    table = compare_samplers(short, tmp_path / "out", n=2, precision="fp32", compared={"ddim": (5, 50)})
+    assert [(row.sampler, row.steps) for row in table.rows] == [("ddim", 5)]
+    assert table.facts["reference"]["steps"] == 20 and "RMSE to 20 steps" in table.as_text()
+
+
+def test_a_figure_is_drawn_without_the_brain_that_could_not_be_made(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, lowest = LatentDiffusion.sample, load_model(tiny_run).ranges.low[2]
+
+    def faulty(self, covariates, noise, **options):  # type: ignore[no-untyped-def]
+        images = honest(self, covariates, noise, **options)
+        images[[person.ventricles_mm3 < lowest for person in covariates]] = 0
+        return images
+
+    monkeypatch.setattr(LatentDiffusion, "sample", faulty)
+    with pytest.raises(PartialFailure, match="1 of 6 brains could not be made"):
+        make_figure(4, tiny_run, tmp_path, steps=2, precision="fp32")
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
 # ---- at full size
 
 
@@ -300,15 +328,39 @@ def test_the_written_form_of_a_bundle(tiny_run: Path, tmp_path: Path, monkeypatc
     grid = GridDescription.of(GRIDS["paper"])
     latent = model.description.latent.model_copy(update={"shape_CXYZ": (3, *(n // 4 for n in shape))})
     description = model.description.model_copy(update={"grid": grid, "latent": latent})
-    image = np.random.default_rng(0).random((1, *shape)).astype(np.float32)
-    monkeypatch.setattr(LatentDiffusion, "sample", lambda *_, **__: image)
+    image = np.random.default_rng(0).uniform(-0.05, 1.1, (1, *shape)).astype(np.float32)
+    monkeypatch.setattr(LatentDiffusion, "sample", lambda *_, **__: image.copy())
     settings = GenerateSettings(steps=1, dtype="uint8_unit", as_bundle=True)
     rows = rows_of(model, 1)
     generate(replace(model, description=description), tmp_path, rows, settings)
     written = read_nifti(tmp_path / image_name(rows[0]))
     np.testing.assert_allclose(written.affine, bundle_grid(GRIDS["paper"]).affine, atol=1e-4)
-    np.testing.assert_allclose(written.data_XYZ, as_bundle(image[0]), atol=1 / 255)
+    np.testing.assert_allclose(written.data_XYZ, as_bundle(image[0]), atol=1e-6)  # what the decoder gave, not cut off
     assert json.loads((tmp_path / "generation.json").read_text())["grid"]["shape_XYZ"] == [150, 214, 145]
+
+
+def test_what_is_there_is_not_planned_for(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole dataset needs no memory; of another the time is that of the brains that are missing."""
+    model, told = load_model(tiny_run), list[str]()
+    rows = rows_of(model, 3)
+    generate(model, tmp_path, rows[:2], GenerateSettings(steps=1))
+    start(tiny_run, rows, GenerateSettings(steps=1), begun=tmp_path, say=told.append)
+    monkeypatch.setattr("brainldm.model.memory._held_and_free", lambda device: (0, 0))
+    with pytest.raises(EnvironmentProblem):
+        start(tiny_run, rows, GenerateSettings(steps=1), begun=tmp_path)
+    start(tiny_run, rows[:2], GenerateSettings(steps=1), begun=tmp_path, say=told.append)
+    assert told[0].startswith("1 brain of 3") and told[1] == "All 2 brains are there."
+
+
+def test_exact_is_decoded_in_one_way_however_much_is_free(
+    published: LatentDiffusionDescription, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = torch.device("cuda")
+    for free, whole in ((100 * GB, True), (12 * GB, False)):
+        monkeypatch.setattr("brainldm.model.memory._held_and_free", lambda device, free=free: (0, free))
+        asked = {"batch": 1, "precision": "fp32", "device": cuda}
+        assert (plan_memory(published, **asked).slab_bytes is None) == whole
+        assert plan_memory(published, one_way=True, **asked).slab_bytes == SLAB_BYTES
 
 
 def test_a_dataset_keeps_the_batch_that_it_was_begun_with(

@@ -543,6 +543,7 @@ def generate(
         precision="fp32" if exact else precision,
         max_memory=max_memory,
         may_shrink_batch=batch is None and not exact,
+        exact=exact,
         begun=out,
         compiles=compile_,
         say=_say,

@@ -8,7 +8,9 @@ import re
 from brainldm.base.covariates import implausible, sex_code
 from brainldm.base.errors import UsageError
 
-_QUANTITY = re.compile(r"^\s*([+-]?[0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?|[+-]?\.[0-9]+)\s*([^\s0-9].*?)?\s*$")
+_QUANTITY = re.compile(
+    r"^\s*([+-]?[0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?|[+-]?\.[0-9]+)\s*([^\s0-9].*?)?\s*$"
+)
 _MM3_IN = {"mm3": 1.0, "mm^3": 1.0, "mm³": 1.0, "ul": 1.0, "µl": 1.0, "μl": 1.0}
 _MM3_IN |= dict.fromkeys(("ml", "cc", "cm3", "cm^3", "cm³"), 1e3) | dict.fromkeys(("l", "dm3", "dm^3", "dm³"), 1e6)
 

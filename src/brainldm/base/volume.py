@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import nibabel
 import numpy as np
@@ -91,7 +91,17 @@ class Grid:
             ) from error
 
 
-def same_voxels(one: Volume | Grid, other: Volume | Grid) -> bool:
+class Placed(Protocol):
+    """A volume, or a grid of any kind: so many voxels, and the affine that says where they lie."""
+
+    @property
+    def shape_XYZ(self) -> tuple[int, int, int]: ...
+
+    @property
+    def affine(self) -> np.ndarray: ...
+
+
+def same_voxels(one: Placed, other: Placed) -> bool:
     """Whether their voxels lie in the same places, but for a hundredth of a millimetre: programs round what they write
     into headers."""
     return one.shape_XYZ == other.shape_XYZ and np.allclose(one.affine, other.affine, rtol=0, atol=0.01)

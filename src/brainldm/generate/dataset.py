@@ -72,11 +72,13 @@ def bundle_grid(grid: Grid) -> Grid:
 
 
 def as_bundle(image_XYZ: np.ndarray) -> np.ndarray:
-    """The image as the bundle writes it: cropped, and stretched so that its darkest voxel is 0 and its brightest 1."""
+    """The image as the bundle writes it: cropped, and stretched so that its darkest voxel is 0 and its brightest 1, in
+    steps of 1/255 that are cut off, not rounded. `image_XYZ` is what the decoder gives, beyond 0..1 too."""
     cut = tuple(slice(low, n - high) for n, (low, high) in zip(image_XYZ.shape, _BUNDLE_CROP))
     image_XYZ = image_XYZ[cut]
     darkest, brightest = float(image_XYZ.min()), float(image_XYZ.max())
-    return (image_XYZ - darkest) / max(brightest - darkest, 1e-12)
+    stretched_XYZ = (image_XYZ - darkest) / max(brightest - darkest, 1e-12)
+    return np.floor(255 * stretched_XYZ) / 255
 
 
 def image_name(row: PlanRow) -> str:

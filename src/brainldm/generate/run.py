@@ -7,7 +7,7 @@ interrupted run that is taken up again does the same arithmetic as one that neve
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 
 import brainldm
 from brainldm.base.counts import counted
-from brainldm.base.errors import PartialFailure, UsageError
+from brainldm.base.covariates import Covariates
+from brainldm.base.errors import BadInput, PartialFailure, UsageError
 from brainldm.base.files import locked_folder, read_json_object, write_json
 from brainldm.base.manifest import Manifest
 from brainldm.base.nifti import Dtype
@@ -73,7 +74,8 @@ def generate(
     """Makes every row of the plan that `out` does not hold yet, as a BIDS derivative.
 
     The plan and the settings are written before the first brain; `out` must be empty or hold the same, or the first
-    rows of it (where it holds every brain already, it may have been made on another device). An image that is not
+    rows of it (where it holds every brain already, it may have been made on another device). Rows that it holds stay as
+    its plan states them. An image that is not
     finite or empty is drawn again from the row's next stream, up to twice; rows that stay so are listed in
     failures.tsv, not in participants.tsv, and PartialFailure is raised after all others are done.
     """
@@ -83,7 +85,7 @@ def generate(
         manifest = Manifest(out / "manifest.jsonl")
         proven = manifest.proven(out, full=True)  # a millisecond a brain
         missing = [row for row in rows if row.index not in proven]
-        facts = _record_or_compare(out, _facts(model, settings, len(rows)), rows, whole=not missing)
+        facts, rows = _record_or_compare(out, _facts(model, settings, len(rows)), rows, len(proven))
         write_description(out, facts, rows)
         batches = _batches_with_missing(rows, missing, settings.batch)
         each, decodes = _passes(model.description, settings), model.description.decodes
@@ -103,6 +105,7 @@ def generate(
                     sound.append(Brain(row, as_bundle(image_XYZ) if settings.as_bundle else image_XYZ, attempt))
                 write(sound)
                 progress.advance(0, note=f"{batch[-1].index + 1} of {len(rows)} brains")
+        manifest.rewrite(record for _, record in sorted(manifest.proven(out).items()))  # one line a brain, in order
         if failed:
             write_description(out, facts, [row for row in rows if row.index not in failed])
         _report_failures(out, rows, failed)
@@ -169,7 +172,7 @@ def _facts(model: LatentDiffusion | GanModel, settings: GenerateSettings, n: int
     description = model.description
     one_pass = isinstance(model, GanModel)
     return {
-        "software": {"brainldm": brainldm.__version__, "torch": torch.__version__},
+        "software": {"brainldm": brainldm.__version__, "torch": torch.__version__, "numpy": np.__version__},
         "model": {
             "name": description.name,
             "kind": description.kind,
@@ -211,48 +214,83 @@ _BEFORE = {"guidance": 1.0}
 _MAY_DIFFER = ("software", "threads")
 # And so may these where every brain is there: nothing is made, and the record stays as it is.
 _MAY_DIFFER_OF_A_WHOLE = ("device", "precision", "batch")
+# Another processor's exp and log give a drawn covariate other last digits.
+_SAME_COVARIATE = 1e-9
 
 
-def _record_or_compare(out: Path, facts: dict[str, Any], rows: list[PlanRow], *, whole: bool) -> dict[str, Any]:
-    """The facts of the dataset in `out`: `facts`, written where there are none yet or fewer brains were asked for, or
-    what is recorded of a `whole` one. UsageError where it is another."""
-    path = out / RECORD_NAME
+def _record_or_compare(
+    out: Path, facts: dict[str, Any], rows: list[PlanRow], proven: int
+) -> tuple[dict[str, Any], list[PlanRow]]:
+    """The facts of the dataset in `out`, which holds `proven` of its brains: `facts`, written where there are none yet
+    or more brains are asked for, or what is recorded of a whole one; and the rows as its plan states them. UsageError
+    where it is another."""
+    path, plan = out / RECORD_NAME, out / "plan.tsv"
     if not path.exists():
         if any(out.glob("[!.]*")):
             raise UsageError("the folder is not empty and holds no brains of ours.", remedy="Choose another.", path=out)
         write_json(path, facts)
-        write_plan(out / "plan.tsv", rows)
-        return facts
+        write_plan(plan, rows)
+        return facts, rows
     recorded = read_json_object(path, n=int)
-    grows = recorded["n"] < len(rows)
+    grows, whole = recorded["n"] < len(rows), proven == len(rows)
     may_differ = _MAY_DIFFER + (_MAY_DIFFER_OF_A_WHOLE if whole else ()) + (("n",) if grows else ())
     different = [
-        f"{name}: {recorded.get(name)!r} there, {value!r} now"
+        f"{name}: {_compared(there)!r} there, {_compared(value)!r} now"
         for name, value in facts.items()
-        if name not in may_differ and recorded.get(name, _BEFORE.get(name)) != value
+        if name not in may_differ and _compared(there := recorded.get(name, _BEFORE.get(name))) != _compared(value)
     ]
-    plan = out / "plan.tsv"
     if not different and not plan.exists():
-        write_plan(plan, rows)  # stopped between the two files, so before the first brain
+        if proven:
+            raise BadInput(
+                f"plan.tsv, which says what was asked of the {counted(proven, 'brain')} there, is missing.",
+                remedy="Copy it from where the dataset came, or make the brains anew in another folder.",
+                path=out,
+                reason="plan_missing",
+            )
+        write_plan(plan, rows)  # stopped between the two files
+    longer = False
     if not different:
-        there, asked = ([row.covariates for row in plan_rows] for plan_rows in (read_plan(plan), rows))
+        planned = [row.covariates for row in read_plan(plan)]
+        both = min(len(planned), len(rows))
         # Growing writes the plan first: a run that was killed before the record left a longer one.
-        both = min(len(there), len(asked))
-        if there[:both] != asked[:both] or both < recorded["n"]:
+        if both < recorded["n"] or not all(_alike(there, row.covariates) for there, row in zip(planned, rows)):
             different = ["plan: other covariates"]
-        elif len(there) > len(asked):
-            write_plan(plan, rows)
+        rows = [replace(row, covariates=there) for row, there in zip(rows, planned)] + rows[both:]
+        longer = len(planned) > len(rows)
     if different:
         raise UsageError(
             f"this folder holds another dataset; it differs in {'; '.join(different[:3])}.",
             remedy="Give the same command to finish it, or another folder.",
             path=out,
         )
-    if grows:  # row i is the same whatever the number of rows
+    if grows or longer:  # row i is the same whatever the number of rows
         write_plan(plan, rows)
-        write_json(path, facts)
-        return facts
-    return recorded if whole else facts
+    if whole:
+        recorded["n"] = len(rows)
+        write_json(path, recorded)
+        return recorded, rows
+    facts = _with_earlier_runs(facts, recorded, proven)
+    write_json(path, facts)
+    return facts, rows
+
+
+def _compared(fact: Any) -> Any:
+    """A model is known by its hash: it may have been renamed, or given a licence, since."""
+    return fact["id"] if isinstance(fact, dict) and "id" in fact else fact
+
+
+def _alike(one: Covariates, other: Covariates) -> bool:
+    return one.sex == other.sex and np.allclose(one.as_array(), other.as_array(), rtol=_SAME_COVARIATE, atol=0)
+
+
+def _with_earlier_runs(facts: dict[str, Any], recorded: dict[str, Any], proven: int) -> dict[str, Any]:
+    """The facts of this run and, where brains that are there were made by other software or threads, what those were:
+    `earlier_runs`, each with how many brains there were after it."""
+    earlier = list(recorded.get("earlier_runs", ()))
+    by = {name: recorded.get(name) for name in _MAY_DIFFER}
+    if proven and any(by[name] != facts[name] for name in _MAY_DIFFER):
+        earlier.append({**by, "brains": proven})
+    return {**facts, "earlier_runs": earlier} if earlier else facts
 
 
 def _batches_with_missing(rows: list[PlanRow], missing: list[PlanRow], size: int) -> list[list[PlanRow]]:
@@ -287,12 +325,11 @@ def _sample_until_sound(
         )
         for position, image_XYZ in zip(open_rows, sampled_BXYZ):
             attempts[position] = attempt
-            if is_sound(image_XYZ):
-                # The published bundle cuts off what is beyond 1; as it does, its numbers come out.
-                image_XYZ = np.clip(image_XYZ, 0.0, 1.0) if settings.as_bundle else drawn_into_unit_range(image_XYZ)
-            objections[position] = objection_to(image_XYZ, population, model.grid.voxel_mm)
+            # What becomes a file is within 0..1, but for the bundle's form, which stretches what the decoder gives.
+            unit_XYZ = drawn_into_unit_range(image_XYZ) if is_sound(image_XYZ) else image_XYZ
+            objections[position] = objection_to(unit_XYZ, population, model.grid.voxel_mm)
             if not objections[position]:
-                images[position] = image_XYZ
+                images[position] = image_XYZ if settings.as_bundle else unit_XYZ
     return images, attempts, objections
 
 

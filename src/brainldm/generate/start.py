@@ -12,6 +12,7 @@ import torch
 from brainldm.base.counts import counted
 from brainldm.base.errors import EnvironmentProblem, UsageError
 from brainldm.base.files import read_json_object
+from brainldm.base.manifest import Manifest
 from brainldm.diffusion.solvers import SAMPLERS
 from brainldm.generate.plan import PlanRow
 from brainldm.generate.run import RECORD_NAME, GenerateSettings, check_settings
@@ -53,6 +54,7 @@ def start(
     precision: str = "auto",
     max_memory: str | None = None,
     may_shrink_batch: bool = False,
+    exact: bool = False,
     begun: Path | None = None,
     compiles: bool = False,
     say: Callable[[str], None] = lambda _: None,
@@ -60,7 +62,8 @@ def start(
     """Chooses the device and the arithmetic, plans the memory, and tells what the work will take.
 
     With `may_shrink_batch` the batch is halved until the memory suffices, unless the dataset is `begun`: it keeps the
-    batch that it was begun with. UsageError for what cannot be asked; EnvironmentProblem where the memory does not
+    batch that it was begun with, and what it holds is not planned for. With `exact` images are decoded in one way,
+    however much memory is free. UsageError for what cannot be asked; EnvironmentProblem where the memory does not
     suffice.
     """
     description = read_description(model)
@@ -71,7 +74,9 @@ def start(
     chosen = choose_precision(precision, where)
     if compiles and where.type != "cuda":
         raise UsageError("--compile is for CUDA; on a CPU weights are packed instead.", remedy="Leave --compile out.")
-    brains = counted(len(rows), "brain")
+    there = 0 if begun is None else len(Manifest(begun / "manifest.jsonl").proven(begun))
+    missing = max(0, len(rows) - there)
+    brains = counted(missing, "brain") + (f" of {len(rows)}" if missing < len(rows) else "")
     if isinstance(description, GanDescription):
         if max_memory is not None or compiles:
             raise UsageError(
@@ -84,13 +89,21 @@ def start(
     if may_shrink_batch and begun is not None and (begun / RECORD_NAME).is_file():
         settings = replace(settings, batch=read_json_object(begun / RECORD_NAME, batch=int)["batch"])
         may_shrink_batch = False
+    if not missing:
+        say(f"All {counted(len(rows), 'brain')} are there.")
+        return Ready(model, settings, where, chosen, MemoryPlan(), compiles)
     batches = [settings.batch]
     while may_shrink_batch and batches[-1] > 1:
         batches.append(batches[-1] // 2)
     for batch in batches:
         try:
             memory = plan_memory(
-                description, batch=min(batch, len(rows)), precision=chosen, device=where, limit_bytes=limit
+                description,
+                batch=min(batch, len(rows)),
+                precision=chosen,
+                device=where,
+                limit_bytes=limit,
+                one_way=exact,
             )
             break
         except EnvironmentProblem:
@@ -98,7 +111,7 @@ def start(
                 raise
     seconds = estimate_seconds(
         description,
-        images=len(rows),
+        images=missing,
         sampler=settings.sampler,
         steps=steps,
         device=where,

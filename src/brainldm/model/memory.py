@@ -3,7 +3,7 @@
 Three things take it: the weights, the U-Net's feature maps, and the decoder's, which at full resolution are gigabytes.
 Two decisions bound it: images are decoded in slabs, so that one map is held where the plain way holds four, and a large
 U-Net's weights are given up while images are decoded (reading them again takes seconds, sampling a batch minutes).
-Neither changes the result.
+Neither changes the result, but for the order of additions.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ def plan_memory(
     precision: str,
     device: torch.device,
     limit_bytes: int | None = None,
+    one_way: bool = False,
 ) -> MemoryPlan:
     """The fastest plan whose peak is within `limit_bytes`, by default nine tenths of what is free and what we hold.
+    With `one_way` images are decoded in the way that takes the least, whatever is free: the same bits every time.
 
     EnvironmentProblem where no plan is: with the least that would do.
     """
@@ -66,7 +68,7 @@ def plan_memory(
     sampling = unet_bytes + batch * unet_map_bytes(unet, latent_XYZ)
     sampling += _COPIES_WHILE_PACKING * largest * 2 if packs else 0
     images = batch * 3 * 4 * _voxels(grid_XYZ)  # images of the batch, and copies on the way to a file
-    ways = _ways_to_decode(autoencoder, grid_XYZ, itemsize, device)
+    ways = _ways_to_decode(autoencoder, grid_XYZ, itemsize, device)[-1 if one_way else 0 :]
     may_keep_unet = device.type == "cuda" or unet_bytes < _KEEPS_UNET_BELOW_BYTES
     plans = [
         MemoryPlan(

@@ -11,7 +11,6 @@ model that scatters widely does so afterwards as well.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -80,7 +79,7 @@ def calibrate(
     """Makes `n` brains of `model`, measures them and writes the calibrated model; goes on with what is there.
 
     A model that was calibrated before is calibrated anew, not further. UsageError for fewer than FEWEST brains, an
-    `out` whose model is the one to be calibrated, a model that does not know its people's joint distribution, or one
+    `out` that holds the model itself or another one, a model that does not know its people's joint distribution, or one
     that hardly follows what it is asked.
     """
     if n < FEWEST:
@@ -93,8 +92,7 @@ def calibrate(
             path=model,
         )
     covariates = description.covariates
-    if covariates.response is None and os.path.realpath(find_model(model)) == os.path.realpath(out / "model"):
-        raise UsageError("this is the model itself.", remedy="Give its calibration a folder of its own.", path=out)
+    _check_place(description, out)
     make_folder(out)
     say(f"1/2 {n} brains")
     rows = make_plan({}, n=n, seed=seed, ranges=covariates.fitted_ranges(), joint=covariates.joint_model())
@@ -153,6 +151,19 @@ def calibrate(
     rest = {"scatter_mm3": found.scatter_mm3, "before": found.before, "after": found.after}
     write_json(out / "calibration.json", facts | rest)
     return found
+
+
+def _check_place(description: LatentDiffusionDescription, out: Path) -> None:
+    """UsageError where `out` holds a model that is no calibration of this one: it would be replaced."""
+    if not (out / "model" / DESCRIPTION_NAME).is_file():
+        return
+    there = read_description(out / "model")
+    if there.covariates.response is None or there.weights != description.weights:
+        raise UsageError(
+            "this folder holds a model that is no calibration of this one.",
+            remedy="Give the calibration a folder of its own.",
+            path=out,
+        )
 
 
 def _with_response(

@@ -117,7 +117,7 @@ def commands(parts: CardParts, cohort: Path, n: int, reconstructed: int, pairs: 
     training = parts.loaded.description.training
     recipe = training.get("recipe", "demo")
     licence = parts.loaded.description.licence
-    stated = f' --licence "{licence}"' if licence else ""
+    stated = f" --licence {shlex.quote(licence)}" if licence else ""
     commands = [
         f"brainldm phantom PHANTOMS --n {len(study.index_of)} --grid {study.grid.name} --seed {study.seed}",
         f"brainldm prepare PHANTOMS COHORT {' '.join(prepared)}",
@@ -128,7 +128,7 @@ def commands(parts: CardParts, cohort: Path, n: int, reconstructed: int, pairs: 
         # The planned ones, by which the learning rate falls; the card says where time ended a stage before them.
         steps = training.get(stage, {}).get("planned_steps")
         told = f" --steps {steps}" if steps else ""
-        told += f" --start-from {begun_with['name']}" if begun_with else ""
+        told += f" --start-from {shlex.quote(begun_with['name'])}" if begun_with else ""
         if stage == "autoencoder" and training.get("perceptual", "none") != "none":
             told += f" --perceptual {training['perceptual']}"
         settings = [setting for setting in training.get("settings", ()) if not setting.startswith("seed=")]

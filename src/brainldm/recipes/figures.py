@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from brainldm.base.covariates import COVARIATES, CovariateRanges, Covariates
+from brainldm.base.errors import PartialFailure
 from brainldm.base.files import atomic_path
 from brainldm.base.nifti import read_nifti
 from brainldm.base.progress import Progress, Quiet
@@ -69,7 +70,8 @@ def make_figure(
 ) -> Path:
     """Generates the figure's brains into `out` and draws out/figure.png; the same call goes on with a broken one.
 
-    Every brain starts from the same noise, so that what differs between two is what was asked of them.
+    Every brain starts from the same noise, so that what differs between two is what was asked of them. Where some could
+    not be made their places stay black, and PartialFailure is raised after the figure is drawn.
     """
     from brainldm.generate.plan import PlanRow, check_ranges
     from brainldm.generate.run import GenerateSettings, generate
@@ -92,21 +94,28 @@ def make_figure(
         begun=out,
         say=say,
     )
-    generate(ready.load(), out, rows, ready.settings, progress=progress)
+    try:
+        generate(ready.load(), out, rows, ready.settings, progress=progress)
+    except PartialFailure:
+        draw_figure(plan, out)
+        raise
     draw_figure(plan, out)
     return out / "figure.png"
 
 
 def draw_figure(plan: FigurePlan, dataset: Path) -> None:
-    """dataset/figure.png: for each sweep a row of middle slices in three views, with what was asked above each."""
+    """dataset/figure.png: for each sweep a row of middle slices in three views, with what was asked above each; black
+    where the dataset has no brain."""
     from matplotlib.figure import Figure
 
     from brainldm.generate.dataset import image_name
     from brainldm.generate.plan import read_plan
 
     rows = read_plan(dataset / "plan.tsv")
-    images = [read_nifti(dataset / image_name(row)).data_XYZ for row in rows]
-    white = float(np.percentile(np.concatenate([image[image > 0.04] for image in images]), _WHITE_QUANTILE))
+    files = [dataset / image_name(row) for row in rows]
+    images = [read_nifti(file).data_XYZ if file.is_file() else None for file in files]
+    bright = np.concatenate([image[image > 0.04] for image in images if image is not None] or [np.ones(1)])
+    white = float(np.percentile(bright, _WHITE_QUANTILE))
     across = max(len(values) for values in plan.rows.values())
     figure = Figure(figsize=(2.2 * across, 2.4 * len(VIEWS) * len(plan.rows)), facecolor="black", layout="constrained")
     axes = figure.subplots(len(plan.rows) * len(VIEWS), across, squeeze=False)
@@ -116,9 +125,10 @@ def draw_figure(plan: FigurePlan, dataset: Path) -> None:
     for line, (name, shares) in enumerate(plan.rows.items()):
         for column, share in enumerate(shares):
             value = rows[position].covariates.as_array()[COVARIATES.index(name)] / 1000
-            for number, view in enumerate(VIEWS):
+            image_XYZ = images[position]
+            for number, view in enumerate(VIEWS if image_XYZ is not None else ()):
                 ax = axes[line * len(VIEWS) + number, column]
-                ax.imshow(middle_slice(images[position], view), cmap="gray", vmin=0, vmax=white)
+                ax.imshow(middle_slice(image_XYZ, view), cmap="gray", vmin=0, vmax=white)
             top = axes[line * len(VIEWS), column]
             top.set_title(f"{_LABELS[name]} {value:.0f} ml\n({share:g} of the range)", color="white", fontsize=9)
             position += 1

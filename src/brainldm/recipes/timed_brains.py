@@ -14,7 +14,7 @@ import torch
 from brainldm.base.files import read_json, write_json
 from brainldm.base.progress import Progress
 from brainldm.generate.plan import PlanRow
-from brainldm.generate.run import GenerateSettings, generate
+from brainldm.generate.run import RECORD_NAME, GenerateSettings, generate
 from brainldm.generate.start import start
 from brainldm.model.precision import device_name
 
@@ -46,11 +46,12 @@ def make_brains(
     if made:
         timed = {"brains": timed["brains"] + made, "seconds": timed["seconds"] + spent, "machine": machine}
         write_json(timing, timed)
+    recorded = read_json(out / RECORD_NAME)  # of those who made them, which may have been another machine
     return {
         "seconds_a_brain": timed["seconds"] / timed["brains"] if timed["brains"] else None,
         "brains_timed": timed["brains"],
-        "batch": ready.settings.batch,
-        "precision": ready.precision,
+        "batch": recorded["batch"],
+        "precision": recorded["precision"],
         "machine": timed["machine"],
     }
 
