@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from brainldm.generate.run import row_noise
 from brainldm.model.description import POPULATION_NAME
 from brainldm.model.folder import load_latent_diffusion, load_model
 from brainldm.nets.atlas import AtlasAutoencoder
+from brainldm.train.autoencoder_stage import AutoencoderStage
 from brainldm.train.checkpoint import Checkpoint, load_newest, save_checkpoint
 from brainldm.train.config import Augmentation, GanStageConfig, Recipe
 from brainldm.train.diffusion_stage import DiffusionStage, draw_timesteps
@@ -321,12 +324,53 @@ def test_a_second_stage_is_not_gone_on_with_after_the_autoencoder_changed(
 ) -> None:
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     train(tiny_recipe(), tiny_cohort, run, stage="autoencoder", steps=7)
+    kept = {path: path.stat().st_mtime_ns for path in (run / "latents").iterdir()}
     model = sha256_of(run / "model" / "model.json")
     with pytest.raises(UsageError, match="diffusion in this folder was trained on other latents"):
         train(tiny_recipe(), tiny_cohort, run, stage="diffusion", steps=7)
     assert sha256_of(run / "model" / "model.json") == model
+    # Refused before everybody was encoded anew: what the U-Net has learnt is still there.
+    assert {path: path.stat().st_mtime_ns for path in (run / "latents").iterdir()} == kept
     shutil.rmtree(run / "diffusion")
     train(tiny_recipe(), tiny_cohort, run, stage="diffusion", steps=7)
+
+
+def test_fewer_steps_than_were_made_are_refused_and_not_recorded(tiny_run: Path, tiny_cohort: Path) -> None:
+    before = (tiny_run / "run.json").read_bytes()
+    for stage in ("autoencoder", "diffusion"):
+        with pytest.raises(UsageError, match="5 steps were asked for, and this run has made 6"):
+            train(tiny_recipe(), tiny_cohort, tiny_run, stage=stage, steps=5)
+    assert (tiny_run / "run.json").read_bytes() == before
+
+
+def test_a_stage_1_without_its_adversarial_loss_says_so(
+    tiny_cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    late = tiny_recipe(autoencoder=replace(tiny_recipe().autoencoder, adversarial_from_step=4, steps=4))
+    train(late, tiny_cohort, tmp_path / "late")
+    told = capsys.readouterr().err
+    assert told.count("adversarial") == 2 and "--set autoencoder.adversarial_from_step=1." in told  # one warning
+    training = load_model(tmp_path / "late").description.training
+    assert training["adversarial"] == "from step 4, never reached"
+    with_time = tiny_recipe(autoencoder=replace(late.autoencoder, steps=10**6, adversarial_from_step=10**5))
+    train(with_time, tiny_cohort, tmp_path / "time", stage="autoencoder", minutes=0.01)
+    assert "time ended stage 1" in capsys.readouterr().err
+
+
+def test_a_finished_stage_is_not_kept_in_memory(
+    tiny_cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its networks and moments would lie on the GPU beside the next stage's."""
+    made: list[weakref.ref[AutoencoderStage]] = []
+    begin = AutoencoderStage.begin
+    monkeypatch.setattr(AutoencoderStage, "begin", lambda self: (made.append(weakref.ref(self)), begin(self))[1])
+    gc.collect()
+    gc.disable()
+    try:
+        train(tiny_recipe(), tiny_cohort, tmp_path, stage="autoencoder", steps=2)
+        assert len(made) == 1 and made[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_a_second_stage_needs_the_last_checkpoint_of_the_first(
@@ -361,7 +405,7 @@ def test_stage_2_decodes_no_image_whole(
         return None, {"people": 1, "explained": {}}
 
     shapes: list[tuple[int, ...]] = []
-    monkeypatch.setattr("brainldm.train.run.find_volume_reader", reads_none)
+    monkeypatch.setattr("brainldm.train.second_stage.find_volume_reader", reads_none)
     monkeypatch.setattr("brainldm.nets.autoencoder.Autoencoder.decode", None)
     recipe = tiny_recipe()
     recipe = replace(recipe, diffusion=replace(recipe.diffusion, volume_reader=True))

@@ -42,6 +42,12 @@ class Feed(Generic[T]):
             self._begin(later)
         return made
 
+    def close(self) -> None:
+        """Gives up what is being made and the threads; whoever took the last step calls it."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._ahead.clear()
+        del self._make  # which may hold whom the feed belongs to: a stage's networks would stay in memory
+
     def _begin(self, step: int) -> None:
         if step not in self._ahead:
             self._ahead[step] = self._pool.submit(self._make, step)
@@ -50,5 +56,8 @@ class Feed(Generic[T]):
 def made_ahead(make: Callable[[int], T], count: int) -> Iterator[T]:
     """`make(0)` to `make(count - 1)` in order, made ahead as in a Feed."""
     feed = Feed(make, count)
-    for index in range(count):
-        yield feed.take(index)
+    try:
+        for index in range(count):
+            yield feed.take(index)
+    finally:
+        feed.close()

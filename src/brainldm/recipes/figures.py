@@ -126,9 +126,10 @@ def draw_figure(plan: FigurePlan, dataset: Path) -> None:
         for column, share in enumerate(shares):
             value = rows[position].covariates.as_array()[COVARIATES.index(name)] / 1000
             image_XYZ = images[position]
-            for number, view in enumerate(VIEWS if image_XYZ is not None else ()):
-                ax = axes[line * len(VIEWS) + number, column]
-                ax.imshow(middle_slice(image_XYZ, view), cmap="gray", vmin=0, vmax=white)
+            for number, view in enumerate(VIEWS):
+                if image_XYZ is not None:
+                    ax = axes[line * len(VIEWS) + number, column]
+                    ax.imshow(middle_slice(image_XYZ, view), cmap="gray", vmin=0, vmax=white)
             top = axes[line * len(VIEWS), column]
             top.set_title(f"{_LABELS[name]} {value:.0f} ml\n({share:g} of the range)", color="white", fontsize=9)
             position += 1

@@ -18,8 +18,8 @@ def paper() -> Recipe:
     without a moving average of the weights (`--set diffusion.ema_decay=0.999` takes one). Their perceptual distance
     needs the two files of weights (docs/training.md, "The losses of stage 1"); without `--perceptual` the term is a
     stand-in, the distance of fixed random convolutions, of which 0.002 is not known to be the right share.
-    The latent scale is measured (the bundle has none, that is 1). Augmented as theirs, flips included; latents of four
-    views of each scan are kept, where they encode anew at every step.
+    The latent scale is measured (the bundle has none, that is 1). Augmented as theirs, flips included; for stage 2
+    latents of four views of each scan are kept, one of them the scan as it is, where they encode anew at every step.
 
     Cost: they report one A100 for about 40,000 scans; on a CPU a step takes minutes, which proves the path and no more.
     The paper's scores on 31,740 UK Biobank scans: FID 0.0076, MS-SSIM 0.656 (real images: 0.654), ventricles r 0.972.

@@ -7,9 +7,10 @@ from brainldm.train.config import AutoencoderStageConfig, DiffusionStageConfig, 
 
 
 def small() -> Recipe:
-    """A latent diffusion model of 2 mm images (80 x 112 x 80): latent 3 x 10 x 14 x 10, all loss terms on.
+    """A latent diffusion model of 2 mm images (80 x 112 x 80): latent 3 x 10 x 14 x 10, all loss terms on, the
+    adversarial one from step 5000.
 
-        brainldm train small --data PREPARED --out RUN --steps 400
+        brainldm train small --data PREPARED --out RUN --minutes 120
 
     With few scans it copies its training people; the report says so. Hours on a CPU for a usable model of a study.
     """

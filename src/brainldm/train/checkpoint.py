@@ -8,16 +8,16 @@ the rename, makes a checkpoint count; a damaged newest one is passed over for th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from brainldm.base.errors import BadInput
+from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.files import sha256_of
 from brainldm.base.manifest import Manifest, is_intact
 from brainldm.model.tensors import write_tensors
@@ -66,11 +66,16 @@ def load_newest(folder: Path, warn: Callable[[str], None], place: Place = ALONE)
     return None if newest is None else _read(newest)
 
 
+def _listed(folder: Path) -> list[tuple[dict[str, Any], Path]]:
+    """The manifest's records whose files are there, the newest first."""
+    latest = {record["index"]: record for record in Manifest(folder / "manifest.jsonl").records()}
+    records = [record for _, record in sorted(latest.items(), reverse=True)]
+    return [(record, folder / record["file"]) for record in records if (folder / record["file"]).is_file()]
+
+
 def _newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    listed = {record["index"]: record for record in Manifest(folder / "manifest.jsonl").records()}
-    present = [record for _, record in sorted(listed.items(), reverse=True) if (folder / record["file"]).is_file()]
-    for record in present:
-        path = folder / record["file"]
+    present = _listed(folder)
+    for record, path in present:
         if is_intact(folder, record, full=True):
             return path
         warn(f"{path.name} is damaged (its SHA-256 is not the one recorded); going back to the one before.")
@@ -82,6 +87,45 @@ def _newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
             reason="checksum",
         )
     return None
+
+
+def steps_made(stage_folder: Path) -> int:
+    """How many steps the newest checkpoint of a stage states, unproven; 0 where there is none."""
+    return max((record["index"] for record, _ in _listed(stage_folder / "checkpoints")), default=0)
+
+
+def newest_facts(stage_folder: Path) -> dict[str, Any]:
+    """What the newest checkpoint of a stage was made for, unproven; nothing where there is none or it cannot be read.
+    Its tensors are not looked at."""
+    for _, path in _listed(stage_folder / "checkpoints"):
+        try:
+            return _metadata(path)["facts"]
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+            break
+    return {}
+
+
+def check_made_for(stage_folder: Path, wanted: Mapping[str, str], there: Mapping[str, Any]) -> None:
+    """UsageError where the facts `there` of a stage's checkpoint are others than those `wanted`: its weights are worth
+    nothing on anything else."""
+    for name, value in wanted.items():
+        if there.get(name, value) != value:
+            raise UsageError(
+                f"the {stage_folder.name} in this folder was trained on other {name}: what makes them has changed "
+                "since.",
+                remedy="Delete the folder to train this stage anew, or use another --out.",
+                path=stage_folder,
+            )
+
+
+def check_not_beyond(stage_folder: Path, steps: int, made: int) -> None:
+    """UsageError where a stage has made more steps than are asked for."""
+    if made > steps:
+        raise UsageError(
+            f"{steps} steps were asked for, and this run has made {made}.",
+            remedy=f"Ask for {made} or more, or use another --out.",
+            path=stage_folder,
+        )
 
 
 def drop_newer(folder: Path, step: int) -> None:
@@ -96,9 +140,13 @@ def _name(step: int) -> str:
     return f"step-{step:08d}.safetensors"
 
 
-def _read(path: Path) -> Checkpoint:
+def _metadata(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as opened:
-        metadata = json.loads(opened.metadata()["brainldm"])
+        return json.loads(opened.metadata()["brainldm"])
+
+
+def _read(path: Path) -> Checkpoint:
+    metadata = _metadata(path)
     return Checkpoint(metadata["step"], metadata["seconds"], load_file(path), metadata["facts"])
 
 
@@ -125,7 +173,8 @@ def restore_optimiser(name: str, optimiser: torch.optim.Optimizer, tensors: dict
         if key.startswith(prefix):
             index, entry = key.removeprefix(prefix).split("/")
             parameter = parameters[int(index)]
-            laid_out = laid_out_as(parameter, tensor) if tensor.shape == parameter.shape else tensor
+            # A copy in any case: what is read from a checkpoint is its file, mapped, which would stay on disk.
+            laid_out = laid_out_as(parameter, tensor) if tensor.shape == parameter.shape else tensor.clone()
             state.setdefault(int(index), {})[entry] = laid_out.detach()
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 

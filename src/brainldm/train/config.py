@@ -66,12 +66,16 @@ class AutoencoderStageConfig:
     # Not the paper's: the difference of histograms in blocks of 8 voxels, which keeps volumes (train/local_histogram).
     local_histogram_weight: NotNegative = 0.0
     adversarial_weight: NotNegative = 0.005
-    adversarial_from_step: NotNegativeInt = 0
+    adversarial_from_step: NotNegativeInt = 0  # counted from 0, whatever the number of steps
     discriminator_learning_rate: Positive = 1e-4
     discriminator_channels: Count = 96
     discriminator_layers: Count = 3
     checkpointing: bool = False
     augmentation: Augmentation = NO_AUGMENTATION
+
+    def reaches_adversarial(self, steps: int) -> bool:
+        """Whether so many steps train the adversarial loss, where there is one."""
+        return self.adversarial_weight == 0 or steps > self.adversarial_from_step
 
 
 @dataclass(frozen=True)

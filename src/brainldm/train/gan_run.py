@@ -80,7 +80,7 @@ def train_gan(
         recorded = asdict(config)
         # The seed stands beside the config, where runs that began before it was one of its settings have it.
         run = {"baseline": config.kind, "seed": recorded.pop("seed"), "config": recorded, "cohort": cohort.digest}
-        record_run(out, run | {"precision": chosen})
+        record_run(out, run | {"precision": chosen, "device": where.type}, {config.kind: config.steps})
         condition_NF = covariates.conditions(people.covariates)
         if cache is not None:
             people.keep_uncompressed(cache, progress)

@@ -26,7 +26,14 @@ from brainldm.base.feeding import Feed
 from brainldm.base.files import make_folder, read_json, write_json, write_text, writing
 from brainldm.base.progress import Progress, Quiet
 from brainldm.model.tensors import write_tensors
-from brainldm.train.checkpoint import Checkpoint, drop_newer, load_newest, save_checkpoint
+from brainldm.train.checkpoint import (
+    Checkpoint,
+    check_made_for,
+    check_not_beyond,
+    drop_newer,
+    load_newest,
+    save_checkpoint,
+)
 from brainldm.train.distributed import ALONE, Place
 from brainldm.train.pace import Pace
 from brainldm.train.tensorboard import Board
@@ -120,31 +127,15 @@ def run_stage(
     several processes (`place`), when another one ends.
     """
     checkpoints = folder / "checkpoints"
-    found = load_newest(checkpoints, warn_of_checkpoints, place)
-    done, seconds_before = 0, 0.0
-    if found is None:
-        if isinstance(stage, Begins):
-            stage.begin()
-    else:
-        _check_facts(stage, found, folder)
-        if found.step > stage.steps:
-            raise UsageError(
-                f"{stage.steps} steps were asked for, and this run has made {found.step}.",
-                remedy=f"Ask for {found.step} or more, or use another --out.",
-                path=folder,
-            )
-        stage.restore(found.tensors)
-        done, seconds_before = found.step, _seconds_until(found, folder)
-        if place.leads:
-            drop_newer(checkpoints, done)
+    done, seconds_before = _taken_up(stage, folder, place)
     board = Board(folder / "tensorboard", done) if tensorboard and place.leads else None
     log = _Log(folder, done, board, writes=place.leads)
     pace = Pace(len(stage.batch_names(0)))
     progress.start(f"training {stage.name}", stage.steps, done)
 
     begun = saved_at = time.monotonic()
-    first_save, saved = found is None, None if found is None else done
-    with asked_to_end() if asked is None else nullcontext(asked) as asked:
+    first_save, saved = not done, done or None
+    with asked_to_end() if asked is None else nullcontext(asked) as asked, _feed_closed_after(stage):
         while done < stage.steps:
             elapsed = seconds_before + time.monotonic() - begun
             if minutes is not None and any(place.anywhere(elapsed >= minutes * 60)):
@@ -192,6 +183,30 @@ def run_stage(
     return place.from_leader(summary)
 
 
+@contextmanager
+def _feed_closed_after(stage: Stage) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if isinstance(stage, Fed):
+            stage.feed.close()
+
+
+def _taken_up(stage: Stage, folder: Path, place: Place) -> tuple[int, float]:
+    """Puts the stage where its newest checkpoint was, or at its beginning; steps made, and the seconds they took."""
+    found = load_newest(folder / "checkpoints", warn_of_checkpoints, place)
+    if found is None:
+        if isinstance(stage, Begins):
+            stage.begin()
+        return 0, 0.0
+    check_made_for(folder, _facts(stage), found.facts)
+    check_not_beyond(folder, stage.steps, found.step)
+    stage.restore(found.tensors)
+    if place.leads:
+        drop_newer(folder / "checkpoints", found.step)
+    return found.step, _seconds_until(found, folder)
+
+
 def _seconds_until(found: Checkpoint, folder: Path) -> float:
     """The training time until that checkpoint, with its saving and preview where the stage ended there: they may have
     taken the rest of a time limit, and the checkpoint cannot know of them."""
@@ -215,17 +230,6 @@ def warn_of_checkpoints(text: str) -> None:
 
 def _facts(stage: Stage) -> dict[str, str]:
     return stage.facts if isinstance(stage, MadeFor) else {}
-
-
-def _check_facts(stage: Stage, found: Checkpoint, folder: Path) -> None:
-    """UsageError where the checkpoint is of a training on something else."""
-    for name, value in _facts(stage).items():
-        if found.facts.get(name, value) != value:
-            raise UsageError(
-                f"the {stage.name} in this folder was trained on other {name}: what makes them has changed since.",
-                remedy="Delete the folder to train this stage anew, or use another --out.",
-                path=folder,
-            )
 
 
 def _check_finite(figures: dict[str, float], step: int, stage: Stage, folder: Path, place: Place) -> None:

@@ -75,7 +75,7 @@ def train_predictor(
         recorded = asdict(config)
         # The seed stands beside the config, where runs that began before it was one of its settings have it.
         run = {"predictor": what, "seed": recorded.pop("seed"), "config": recorded, "cohort": cohort.digest}
-        record_run(out, run | {"precision": chosen})
+        record_run(out, run | {"precision": chosen, "device": where.type}, {"predictor": config.steps})
         stage = PredictorStage(
             target,
             config,

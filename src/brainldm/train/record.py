@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import brainldm
 from brainldm.base.errors import UsageError
 from brainldm.base.files import read_json, write_json
+from brainldm.train.checkpoint import check_not_beyond, steps_made
 
 # What earlier versions did not record, and did: a run of theirs goes on.
 _BEFORE_IT_WAS_RECORDED: dict[str, Any] = {
@@ -20,15 +22,18 @@ _BEFORE_IT_WAS_RECORDED: dict[str, Any] = {
     "perceptual_weights_sha256": [],
 }
 # What no earlier version recorded of baselines and predictors, so that it cannot be known.
-_UNKNOWN_BEFORE = ("precision",)
+_UNKNOWN_BEFORE = ("precision", "device")
 # More steps; what takes memory or time and leaves the result; and settings, whose outcome is compared itself.
 _MAY_CHANGE = ("steps", "checkpointing", "checkpoint_minutes", "minutes_share", "settings")
 
 
-def record_run(out: Path, wanted: dict[str, Any]) -> None:
+def record_run(out: Path, wanted: dict[str, Any], steps: Mapping[str, int]) -> None:
     """Writes run.json: `wanted` and the versions; UsageError where `out` holds another run, or things that are none.
-    What does not change the result may change, and the number of steps."""
+    What does not change the result may change, and the number of steps, but not to fewer than a stage of `steps` has
+    made."""
     path = out / "run.json"
+    for stage, asked in steps.items():
+        check_not_beyond(out / stage, asked, steps_made(out / stage))
     if path.is_file():
         different = _differences(read_json(path), wanted)
         if different:
