@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import signal
+import socket
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +29,43 @@ from brainldm.train.run import train
 
 # A shell's background jobs ignore Ctrl-C and hand that down; tests that interrupt a command need it heard.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Tests are a processor's on every machine, unless one of a GPU is among them. Early enough: torch looks for GPUs
+    when it is first asked for one, which no module of tests does while it is imported."""
+    if not any(item.get_closest_marker("gpu") for item in session.items):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """Nothing in this process asks for another machine: `brainldm` does so only where a person wants a file fetched.
+    What is refused here is no OSError, which code may take for a machine without a network."""
+    connect, look_up = socket.socket.connect, socket.getaddrinfo
+
+    def is_here(host: object) -> bool:
+        if host in (None, "", "localhost", b"localhost"):
+            return True
+        try:
+            return ipaddress.ip_address(host.decode() if isinstance(host, bytes) else str(host)).is_loopback
+        except ValueError:
+            return False
+
+    def connect_here(self: socket.socket, address: tuple[object, ...]) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not is_here(address[0]):
+            pytest.fail(f"a connection to {address} was asked for")
+        connect(self, address)
+
+    def look_up_here(host: object, *rest: object, **more: object) -> object:
+        if not is_here(host):
+            pytest.fail(f"the address of {host!r} was asked for")
+        return look_up(host, *rest, **more)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(socket.socket, "connect", connect_here)
+        patched.setattr(socket, "getaddrinfo", look_up_here)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from brainldm.base.tables import read_table
 from brainldm.base.volume import Volume, grid_named
 from brainldm.cohort.measure import Measured, TemplateMeasure, measured_from_tables, scan_of, volumes_of_scan
 from brainldm.cohort.phantom import draw_person, make_phantom
-from brainldm.cohort.register import Registration, register_to_template
+from brainldm.cohort.register import POOR_CORRELATION, Registration, register_to_template
 from brainldm.cohort.skull import brain_mask
 from brainldm.cohort.synthseg import SynthSegMeasure
 from brainldm.cohort.template import load_template
@@ -34,13 +33,27 @@ def painted_template(noise: float = 0.03) -> Volume:
     return Volume(np.where(template.brain_mask.data_XYZ, np.maximum(image, 0.01), 0), template.t1.affine)
 
 
-def test_template_measures_near_its_labels() -> None:
+@pytest.fixture(scope="module")
+def measured_template() -> Measured:
+    return TemplateMeasure()(painted_template())
+
+
+def test_template_measures_near_its_labels(measured_template: Measured) -> None:
     """The average of 152 people has a little CSF everywhere, some of which reads as ventricle: up to half too much."""
-    template, measured = load_template(1), TemplateMeasure()(painted_template())
+    template, measured = load_template(1), measured_template
     assert measured.head_scaling == pytest.approx(1.0, abs=0.03)
     assert 0.9 < measured.ventricles_mm3 / template.ventricles_mm3 < 1.6
     assert measured.brain_mm3 == pytest.approx(template.brain_mm3, rel=0.06)
     assert measured.quality["poor"] == 0
+
+
+def test_only_the_brain_is_normalised_for_head_size(measured_template: Measured) -> None:
+    """The same head at nine tenths of its length. As ventricles of the template's size they would be a third more."""
+    image = painted_template()
+    found = TemplateMeasure()(Volume(image.data_XYZ, np.diag([0.9, 0.9, 0.9, 1]) @ image.affine))
+    assert found.brain_mm3 == pytest.approx(measured_template.brain_mm3, rel=0.03)
+    assert found.brain_native_mm3 == pytest.approx(0.9**3 * measured_template.brain_native_mm3, rel=0.03)
+    assert found.ventricles_mm3 == pytest.approx(0.9**3 * measured_template.ventricles_mm3, rel=0.1)
 
 
 def test_regions_add_up_to_the_brain_and_are_alike_on_both_sides() -> None:
@@ -64,8 +77,8 @@ def test_measures_do_not_depend_on_intensity_units() -> None:
     assert second.ventricles_mm3 == pytest.approx(first.ventricles_mm3, rel=1e-3)
 
 
-def test_phantoms_ventricles_are_ranked_rightly() -> None:
-    """Eight phantoms of known volume at 4 mm, the coarsest grid: r above 0.95 (the docs give the figures of more)."""
+def test_phantoms_ventricles_are_ranked_rightly_and_found_somewhat_large() -> None:
+    """Eight phantoms of known volume at 4 mm, the coarsest grid; found too large there (docs/measuring.md)."""
     grid = grid_named("4mm")
     truth, found = [], []
     for index in range(8):
@@ -75,41 +88,28 @@ def test_phantoms_ventricles_are_ranked_rightly() -> None:
         truth.append(phantom.ventricles_mm3)
         found.append(measured.ventricles_mm3)
     assert np.corrcoef(truth, found)[0, 1] > 0.95
+    assert 1.05 < np.median(np.divide(found, truth)) < 1.35
 
 
-def test_noise_is_refused_or_flagged() -> None:
+def test_noise_is_flagged() -> None:
     noise = Volume(stream(0, "only noise").random((40, 56, 40)).astype(np.float32), np.array(grid_named("4mm").affine))
-    with contextlib.suppress(BadInput):
-        assert TemplateMeasure(aligned=True)(noise).quality["poor"] == 1
+    quality = TemplateMeasure(aligned=True)(noise).quality
+    assert quality["correlation"] < POOR_CORRELATION and quality["poor"] == 1
 
 
 # ---- real people
 
 
-def manual_and_measured(real_data: Path, people: int) -> tuple[np.ndarray, np.ndarray]:
-    table = read_table(real_data / "oasis17" / "participants.tsv")
-    manual, measured = [], []
-    for row in range(min(people, len(table))):
+def test_three_real_people_against_manual_labels(real_data: Path) -> None:
+    """All 17 are in test_evaluate_instrument, where the docs' figures are held."""
+    table, apart = read_table(real_data / "oasis17" / "participants.tsv"), []
+    for row in range(3):
         name = table.rows[row]["participant_id"]
-        scan = read_nifti(real_data / "oasis17" / name / "anat" / f"{name}_T1w.nii.gz")
-        found = TemplateMeasure()(scan)
+        found = TemplateMeasure()(read_nifti(real_data / "oasis17" / name / "anat" / f"{name}_T1w.nii.gz"))
         assert found.quality["poor"] == 0
         assert 1.1e6 < found.brain_mm3 < 1.9e6
-        manual.append(table.number(row, "manual_ventricles_mm3"))
-        measured.append(found.ventricles_mm3)
-    return np.array(manual, dtype=float), np.array(measured)
-
-
-def test_three_real_people_against_manual_labels(real_data: Path) -> None:
-    manual, measured = manual_and_measured(real_data, 3)
-    assert np.abs(manual - measured).mean() < 3000
-
-
-@pytest.mark.slow
-def test_all_real_people_against_manual_labels(real_data: Path) -> None:
-    manual, measured = manual_and_measured(real_data, 17)
-    assert np.corrcoef(manual, measured)[0, 1] >= 0.98
-    assert np.abs(manual - measured).mean() <= 3000
+        apart.append(abs(found.ventricles_mm3 - (table.number(row, "manual_ventricles_mm3") or 0)))
+    assert np.mean(apart) < 3000
 
 
 def test_skull_comes_off_a_real_head(colin: tuple[Volume, Registration]) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from brainldm.cli import app
+from brainldm.recipes import NAMES, recipe_named
+from brainldm.recipes.gan import KINDS, baseline
+from brainldm.train.config import PredictorConfig
+from brainldm.train.settings import with_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,3 +40,31 @@ def test_there_are_commands_to_check() -> None:
 def test_commands_shown_are_taken(page: str, command: str) -> None:
     words = [word for word in shlex.split(command)[1:] if word != "..."]
     app.parse_args(words, exit_on_error=False, print_error=True)
+
+
+def trainings() -> list[tuple[str, str, tuple[str, ...]]]:
+    """Page, recipe and settings of each training shown, but for those of a placeholder."""
+    found = []
+    for page, command in SHOWN:
+        words = shlex.split(command)
+        if words[1] == "train" and words[2] != "RECIPE":
+            settings = tuple(value for word, value in pairwise(words) if word == "--set")
+            found.append((page, words[2], settings))
+    return found
+
+
+def test_there_are_trainings_to_check() -> None:
+    assert {recipe for _, recipe, _ in trainings()} & set(NAMES)
+    assert any(settings for _, _, settings in trainings())
+
+
+@pytest.mark.parametrize(("page", "recipe", "settings"), trainings())
+def test_trainings_shown_are_of_a_recipe_that_takes_their_settings(
+    page: str, recipe: str, settings: tuple[str, ...]
+) -> None:
+    if recipe in ("age", "sex"):
+        with_settings(PredictorConfig(), settings)
+    elif recipe in KINDS:
+        with_settings(baseline(recipe, (80, 112, 80)), settings)
+    else:
+        with_settings(recipe_named(recipe), settings)

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from brainldm.base.streams import stream
-from brainldm.evaluate.diversity import draw_pairs, mean_over_pairs, ms_ssim, pyramid, scale_weights
+from brainldm.evaluate.diversity import (
+    FOUR_G_R_SSIM,
+    FOUR_G_SSIM,
+    Prepared,
+    draw_pairs,
+    likeness,
+    mean_over_pairs,
+    ms_ssim,
+    pyramid,
+    scale_weights,
+)
 
 
 def images(shape: tuple[int, int, int], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -53,6 +63,12 @@ def test_identical_images_give_1_and_order_does_not_matter() -> None:
     assert ms_ssim(pyramid(x, 3), pyramid(x, 3), weights) == pytest.approx(1, abs=1e-6)
     assert ms_ssim(pyramid(x, 3), pyramid(y, 3), weights) == ms_ssim(pyramid(y, 3), pyramid(x, 3), weights)
     assert ms_ssim(pyramid(x, 3), pyramid(y, 3), weights) < 0.99
+
+
+def test_a_change_of_gain_is_no_difference_of_structure_but_of_luminance_and_contrast() -> None:
+    image, _ = images((16, 17, 18))
+    found = likeness(Prepared.of(image, 1), Prepared.of(0.8 * image, 1), (1.0,))
+    assert found[FOUR_G_R_SSIM] > 0.999 and found[FOUR_G_SSIM] < 0.97
 
 
 def test_scales_follow_the_stated_rule() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from brainldm.evaluate.features import FeatureStore, extract
 from brainldm.evaluate.grids import JudgingGrid
 from brainldm.evaluate.images import open_images
 from brainldm.evaluate.networks import MedicalNetSpace, RandomSpace, space_named
-from brainldm.nets.medicalnet import MED3D_NAME, MED3D_SHA256, MedicalNet, MedicalNetConfig
+from brainldm.nets.medicalnet import MED3D_NAME, MED3D_SHA256, MedicalNet, MedicalNetConfig, read_medicalnet
 from judged_folders import TINY, blob, write_synthetic
 
 SPACE = RandomSpace(channels=(4, 8, 8), boxes_XYZ=(2, 2, 2))
@@ -93,19 +94,43 @@ def test_rows_of_another_grid_are_not_taken(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- MedicalNet
 
 
-def test_medicalnet_undilated_is_monais_resnet_50() -> None:
+def monai_resnet_50() -> torch.nn.Module:
+    """MONAI's, with running figures that do something and the stem's stride as published, which is 1 there."""
     from monai.networks.nets import resnet50
 
-    torch.manual_seed(0)
-    theirs = resnet50(
+    network = resnet50(
         spatial_dims=3, n_input_channels=1, feed_forward=False, shortcut_type="B", bias_downsample=False
     ).eval()
-    for module in theirs.modules():  # running figures that do something
+    for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm3d):
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.5, 1.5)
-    ours = MedicalNet(MedicalNetConfig(strides=(1, 2, 2, 2), dilations=(1, 1, 1, 1))).eval()
-    theirs.conv1.stride = ours.conv1.stride  # MONAI's stem has stride 1 unless told otherwise
+    network.conv1.stride = (2, 2, 2)
+    return network
+
+
+def dilated(network: torch.nn.Module) -> torch.nn.Module:
+    """The third and fourth stage as published: they halve no more, and look further instead."""
+    for stage, dilation in ((network.layer3, 2), (network.layer4, 4)):
+        stage[0].downsample[0].stride = (1, 1, 1)
+        for block in stage:
+            block.conv2.stride, block.conv2.dilation = (1, 1, 1), (dilation,) * 3
+            block.conv2.padding = (dilation,) * 3
+    return network
+
+
+@pytest.mark.parametrize(
+    ("change", "config"),
+    [
+        (lambda network: network, MedicalNetConfig(strides=(1, 2, 2, 2), dilations=(1, 1, 1, 1))),
+        (dilated, MedicalNetConfig()),
+    ],
+    ids=["undilated", "as published"],
+)
+def test_medicalnet_is_monais_resnet_50(
+    change: Callable[[torch.nn.Module], torch.nn.Module], config: MedicalNetConfig
+) -> None:
+    theirs, ours = change(monai_resnet_50()), MedicalNet(config).eval()
     ours.load_state_dict(theirs.state_dict())
     image = torch.rand(1, 1, 32, 40, 36)
     with torch.no_grad():
@@ -132,7 +157,10 @@ def test_a_checkpoint_of_the_published_layout_gives_2048_features(checkpoint: Pa
     assert features.shape == (2048,) and np.isfinite(features).all()
     assert np.allclose(features, space(0.5 * image + 0.2), atol=1e-3)  # each image is brought to mean 0, deviation 1
     signed = space_named(f"med3d-signed={checkpoint}")
-    assert signed.name != space.name and not np.allclose(features, signed(image))
+    assert signed.name != space.name
+    with torch.no_grad():
+        expected = read_medicalnet(checkpoint)(torch.from_numpy(2 * image - 1)[None, None])[0].numpy()
+    assert np.allclose(signed(image), expected) and not np.allclose(features, expected)
 
 
 def test_a_checkpoint_from_before_archives_is_read_too(tmp_path: Path, checkpoint: Path) -> None:
@@ -156,3 +184,10 @@ def test_spaces_that_are_none_are_refused(tmp_path: Path, checkpoint: Path) -> N
     torch.save({"state_dict": state}, wrong)
     with pytest.raises(BadInput, match=r"1 of its .* tensors are missing.*layer3\.2\.conv2\.weight"):
         space_named(f"med3d={wrong}")
+
+
+def test_inputs_of_another_scaling_are_another_space_by_name_and_title() -> None:
+    published = next(iter(MED3D_SHA256.values()))
+    spaces = [MedicalNetSpace(Path("weights"), published, scaling) for scaling in ("zscore", "signed")]
+    assert [space.title for space in spaces] == ["Med3D", "Med3D, -1 to 1"]
+    assert len({space.name for space in spaces}) == 2

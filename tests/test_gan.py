@@ -25,6 +25,7 @@ from brainldm.nets.gan import GanConfig, GanDiscriminator, GanEncoder, GanGenera
 from brainldm.recipes.gan import baseline
 from brainldm.train.config import GanStageConfig
 from brainldm.train.gan_run import train_gan
+from brainldm.train.gan_stage import GanStage
 from brainldm.train.settings import with_settings
 from conftest import write_tiny_cohort
 
@@ -129,6 +130,34 @@ def test_every_network_learns(tiny_cohort: Path, tmp_path: Path) -> None:
     for network in ("generator", "discriminator", "encoder"):
         changed = [n for n in before if n.startswith(network) and not torch.equal(before[n], after[n])]
         assert changed, network
+
+
+def vaegan_stage(tiny_cohort: Path, **changes: float) -> GanStage:
+    train = VolumeDataset(PreparedCohort.open(tiny_cohort), "train")
+    condition_NF = np.random.default_rng(0).random((len(train), 4))
+    config, net = replace(CONFIGS["vaegan"], **changes), replace(NET, shape_XYZ=train.grid.shape_XYZ)  # type: ignore[arg-type]
+    return GanStage(config, net, train, condition_NF, seed=0, device=torch.device("cpu"), precision="fp32")
+
+
+def test_a_vaegans_loss_is_the_game_and_the_weighed_reconstruction(tiny_cohort: Path) -> None:
+    stage = vaegan_stage(tiny_cohort, reconstruction_weight=3.0, kl_weight=7.0)
+    for step in range(3):
+        figures = stage.step(step)
+        assert figures["loss"] == pytest.approx(figures["adversarial"] + 3 * figures["reconstruction"], rel=1e-5)
+        assert figures["reconstruction"] > 1e-4 * figures["loss"]
+
+
+def test_gamma_weighs_the_generators_loss_and_not_the_encoders(tiny_cohort: Path) -> None:
+    """Larsen, algorithm 1. Seen in gradients: Adam's first step is the same down a steeper slope."""
+
+    def gradient(network: str, **changes: float) -> torch.Tensor:
+        stage = vaegan_stage(tiny_cohort, gradient_clip=1e9, **changes)
+        stage.step(0)
+        return torch.cat([p.grad.flatten() for p in stage.networks[network].parameters() if p.grad is not None])
+
+    for network, alike in (("encoder", True), ("generator", False)):
+        first, second = (gradient(network, reconstruction_weight=gamma) for gamma in (1.0, 5.0))
+        assert first.any() and torch.equal(first, second) == alike
 
 
 def test_a_seed_is_a_setting_and_recorded_where_it_always_was(tiny_cohort: Path, tmp_path: Path) -> None:

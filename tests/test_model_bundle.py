@@ -654,6 +654,19 @@ def test_widths_that_no_norm_divides_are_refused(checkpoints: Path, tmp_path: Pa
     refused(tmp_path / "model", checkpoints / "old", reason="architecture", told=told, autoencoder=tmp_path / "a.pt")
 
 
+def test_the_published_files_are_told_by_the_md5_of_their_model_zoo() -> None:
+    assert {name: (file.name, file.md5) for name, file in PUBLISHED.items()} == {
+        "autoencoder": ("autoencoder.pt", "329e97b3085643ff235f11f049856242"),
+        "unet": ("model.pt", "21c3047556fb671caf0556f1cce6ef22"),
+    }
+
+
+def test_an_imported_model_has_the_publications_schedule_and_scale(model: LatentDiffusion) -> None:
+    schedule = model.description.schedule.build()
+    assert schedule.steps == 1000 and schedule.alpha_bars[999] == pytest.approx(9.69e-5, rel=1e-3)
+    assert model.description.target == "eps" and model.description.latent.scale == 1
+
+
 def test_a_model_that_is_there_is_not_replaced(checkpoints: Path, model_folder: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(model_folder, tmp_path / "model"))
     before = {path.name: path.read_bytes() for path in out.iterdir()}

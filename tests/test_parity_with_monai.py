@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from brainldm.diffusion.schedule import leading_timesteps, scaled_linear
+from brainldm.diffusion.schedule import scaled_linear
 from brainldm.diffusion.solvers import SAMPLERS
 from brainldm.nets.autoencoder import Autoencoder, AutoencoderConfig
 from brainldm.nets.unet import DiffusionUNet, UNetConfig, with_covariates
@@ -56,13 +56,6 @@ def pair(config: UNetConfig) -> tuple[torch.nn.Module, DiffusionUNet]:
     unet = DiffusionUNet(config).eval()
     unet.load_state_dict(theirs.state_dict())
     return theirs, unet
-
-
-def test_monai_1_6_spaces_its_timesteps_otherwise() -> None:
-    """The weights were published with 980, 960, ..., 0. MONAI 1.6 goes 999, 979, ..., 20, 0 while its steps still lead
-    20 back: another trajectory, which this package does not follow."""
-    assert leading_timesteps(scaled_linear(), 50) == list(range(980, -1, -20))
-    assert scheduler("ddim", 50).timesteps.tolist()[:3] == [999, 979, 958]
 
 
 @torch.no_grad()

@@ -19,7 +19,11 @@ from brainldm.base.volume import Volume
 from brainldm.cli import app
 from brainldm.cohort.dataset import PreparedCohort, VolumeDataset
 from brainldm.cohort.predictor import Predictor, read_predictor
+from brainldm.evaluate.conditioning import sex_told
 from brainldm.evaluate.estimate import area_under_curve
+from brainldm.evaluate.examine import Examined
+from brainldm.evaluate.images import JudgedImage
+from brainldm.evaluate.measuring import Measurement, Measurements
 from brainldm.nets.cole import ColeConfig, ColeNet
 from brainldm.train.config import PredictorConfig
 from brainldm.train.predictor_run import train_predictor
@@ -140,8 +144,12 @@ def test_the_judge_asks_predictors(tiny_run: Path, tiny_cohort: Path, age: Predi
         workers=1,
     )
     assert card.row("age_years.pearson_r").synthetic.n == 6  # type: ignore[union-attr]
-    auc = card.row("sex.auc").synthetic
-    assert auc is not None and (auc.value is None or 0 <= auc.value <= 1)
+    asked: dict[str, list[float]] = {"F": [], "M": []}
+    for row in rows:
+        image = read_nifti(next((tmp_path / "brains").rglob(f"{row.participant_id}_*T1w.nii.gz")))
+        asked[row.covariates.sex_letter].append(sex(image).sex)  # type: ignore[union-attr]
+    assert all(asked.values())
+    assert card.row("sex.auc").synthetic == area_under_curve(asked["F"], asked["M"])
     assert card.settings["predictors"]["age_years"].startswith("cole2017-age_years-")
     reference = card.row("age_years.absolute_error").reference
     assert reference is not None and reference.n == 2  # only those it has not learnt
@@ -153,6 +161,18 @@ def test_another_intensity_scale_is_another_only_in_name(tiny_cohort: Path, age:
     image = read_nifti(next(tiny_cohort.rglob("*_T1w.nii.gz")))
     counts = Volume(image.data_XYZ * 4095, image.affine)
     assert age(counts).age_years == pytest.approx(age(image).age_years, abs=0.01)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("of_a_man", "area"), [(0.9, 1.0), (0.1, 0.0)])
+def test_sex_is_told_where_men_are_given_the_higher_probability(of_a_man: float, area: float) -> None:
+    looks = [
+        Examined(JudgedImage(str(i), Path(str(i)), str(i), sex=sex), str(i), False, False, (), None)
+        for i, sex in enumerate(("F", "M", "F", "M", None))
+    ]
+    probability = {"F": 0.5, "M": of_a_man, None: 0.0}
+    found = {look.sha256: Measurement({"sex": probability[look.image.sex]}, {}) for look in looks}
+    told = sex_told(looks, Measurements("hand", found, ()))
+    assert told.value == area and told.n == 4
 
 
 class _Nothing:

@@ -66,7 +66,10 @@ def plan_memory(
     numbers, largest = parameters(unet)
     unet_bytes = numbers * (2 if packs else 4)
     sampling = unet_bytes + batch * unet_map_bytes(unet, latent_XYZ)
-    sampling += _COPIES_WHILE_PACKING * largest * 2 if packs else 0
+    if packs:
+        sampling += _COPIES_WHILE_PACKING * largest * 2
+    elif precision == "bf16":
+        sampling += 2 * numbers  # autocast's copies, which last as long as a call
     images = batch * 3 * 4 * _voxels(grid_XYZ)  # images of the batch, and copies on the way to a file
     ways = _ways_to_decode(autoencoder, grid_XYZ, itemsize, device)[-1 if one_way else 0 :]
     may_keep_unet = device.type == "cuda" or unet_bytes < _KEEPS_UNET_BELOW_BYTES
