@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from brainldm.evaluate.estimate import Estimate
-from brainldm.evaluate.printed import as_text
+from brainldm.evaluate.printed import as_markdown, as_text
 from brainldm.evaluate.rows import PLAIN, Row
 
 
@@ -35,3 +37,11 @@ def test_figures_too_long_for_the_narrowest_are_broken_and_not_cut(monkeypatch: 
     text = as_text([row("Fréchet distance", 2235161.161)], [], [])
     assert text.count("2235161.161") == 2 and text.count("(2235143.425..2235174.948)") == 2
     assert "Fréchet distance" in text
+
+
+def test_the_document_says_what_the_reference_is_and_why_there_is_no_value() -> None:
+    hostile = row("<b>Left|pallidum</b>: Cohen's d", 0.5)
+    text = as_markdown([hostile, replace(hostile, title="Age: slope", synthetic=Estimate.none("all were <1>"))], [], [])
+    line = next(line for line in text.splitlines() if "pallidum" in line)
+    assert line.replace("\\|", "").count("|") == 8 and "| held-out |" in line
+    assert "- No value for Age: slope: all were &lt;1>." in text and "<b>" not in text

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,18 @@ import pytest
 import judged_folders
 from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.files import read_json, write_json
+from brainldm.base.manifest import Manifest
 from brainldm.base.nifti import write_nifti
 from brainldm.base.progress import Quiet
+from brainldm.base.streams import stream
 from brainldm.base.tables import read_table
 from brainldm.base.volume import GRIDS, Grid, Volume
 from brainldm.evaluate import images as judged_images
-from brainldm.evaluate.caveats import caveats
+from brainldm.evaluate import measuring
+from brainldm.evaluate.caveats import _of_a_sweep, caveats
+from brainldm.evaluate.examine import Examination, Examined, examine
+from brainldm.evaluate.grids import JudgingGrid
+from brainldm.evaluate.images import JudgedImage
 from brainldm.evaluate.judge import Judge
 from brainldm.evaluate.scorecard import Scorecard, evaluate_dataset
 from judged_folders import TINY, BlobMeasure, Found, blob, write_cohort, write_synthetic
@@ -69,7 +76,7 @@ def test_everything_is_written_and_is_json(folders: tuple[Path, Path], tmp_path:
     table = read_table(tmp_path / "scorecard.tsv")
     assert len(table) == len(card.rows)
     assert "| MS-SSIM between pairs |" in (tmp_path / "scorecard.md").read_text()
-    for words in ("Does it obey?", "Trained on 6 people", "grid of values", "2 of its 5 scales"):
+    for words in ("Does it obey?", "Trained on 6 images", "grid of values", "2 of its 5 scales"):
         assert words in card.as_text()
     assert any("6 images" in warning and "10 training people" in warning for warning in card.warnings)
 
@@ -153,6 +160,38 @@ def test_order_of_rows_does_not_matter(mine: tuple[Path, Path, Path]) -> None:
     assert judge(synth, real, out.parent / "two", pairs=1000).rows == first.rows
 
 
+def test_what_an_earlier_state_or_another_grid_measured_is_not_taken(
+    mine: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synth, real, out = mine
+    judge(synth, real, out)
+    judged_folders.CALLS.clear()
+    monkeypatch.setattr(measuring, "PREPARATION", measuring.PREPARATION + 1)
+    judge(synth, real, out)
+    assert len(judged_folders.CALLS) == 27
+
+    origin = np.zeros((4, 4))
+    origin[0, 3] = 8.0
+    first, moved = JudgingGrid.of((18, 26, 18), TINY.affine), JudgingGrid.of((18, 26, 18), TINY.affine + origin)
+    assert moved.describe() == first.describe() and moved != first
+    images, judged_folders.CALLS[:] = judged_images.open_images(real, "real").images[:1], []
+    for grid in (first, moved, first):
+        look = examine(images, "real", grid, sketched=(), workers=1, progress=Quiet())
+        cache = Manifest(out / "elsewhere.jsonl")
+        measuring.measure(look.images, "real", BlobMeasure(), cache, grid=grid, workers=1, progress=Quiet())
+    assert len(judged_folders.CALLS) == 2
+
+
+def test_another_brain_at_the_same_path_is_compared_as_it_is(mine: tuple[Path, Path, Path]) -> None:
+    """As in a notebook, which goes on in one process."""
+    made, _, out = mine
+    before = judge(made, None, out, features=())
+    shutil.rmtree(made)
+    write_synthetic(made, ASKED, first_person=3000)
+    after = judge(made, None, out, features=())
+    assert after.row("ms_ssim").synthetic.value != before.row("ms_ssim").synthetic.value
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -180,7 +219,20 @@ def test_broken_files_are_listed_and_the_rest_is_judged(mine: tuple[Path, Path, 
     table = read_table(out / "failures.tsv")
     assert [row["side"] for row in table.rows] == ["synthetic"] * 5 + ["real"]
     assert table.rows[3]["file"].startswith("sub-000003/")
-    assert "HTML" in card.as_text()
+    assert "HTML" in card.as_text() and card.failed == len(card.failures) == 6
+
+
+def test_people_who_are_first_read_in_the_search_for_copies_fail_as_real_ones(mine: tuple[Path, Path, Path]) -> None:
+    synth, real, out = mine
+    cards = [judge(synth, real, out, max_real=3)]
+    looked_at = {row["file"] for row in read_table(out / "measured_reference.tsv").rows}
+    unseen = [image for image in sorted(real.rglob("*.nii.gz")) if image.relative_to(real).as_posix() not in looked_at]
+    for image in (unseen[0], unseen[-1]):  # one trained on, one held out
+        image.write_bytes(b"")
+    cards.append(judge(synth, real, out, max_real=3))
+    assert [card.real.failed for card in cards] == [0, 2]
+    assert [failure.side for failure in cards[1].failures] == ["real", "real"]
+    assert [row["side"] for row in read_table(out / "failures.tsv").rows] == ["real", "real"]
 
 
 def test_nothing_to_judge_is_a_clear_refusal(mine: tuple[Path, Path, Path]) -> None:
@@ -222,6 +274,40 @@ def test_volumes_that_were_measured_are_no_truth(mine: tuple[Path, Path, Path]) 
     assert any("not how far it is from the truth" in warning for warning in judge(synth, real, out).warnings)
     write_json(real / "prepared.json", {"config": {"volumes": "table"}})
     assert not any("from the truth" in warning for warning in judge(synth, real, out).warnings)
+
+
+def test_whose_error_is_in_a_figure_is_said_as_it_is(mine: tuple[Path, Path, Path]) -> None:
+    synth, real, out = mine
+    for volumes, told in (("measure", "two measurements of one person"), ("table", "The instrument's own error")):
+        write_json(real / "prepared.json", {"config": {"volumes": volumes}})
+        card = judge(synth, real, out)
+        assert told in card.row("ventricles_mm3.absolute_error").meaning
+        assert card.settings["recorded_volumes_were_measured"] is (volumes == "measure")
+        assert card.settings["instruments"] == {"synthetic": "blob counter 1", "real": "blob counter 1"}
+    assert judge(synth, None, out).settings["instruments"] == {"synthetic": "blob counter 1"}
+
+
+def looks_of_ages(ages: Sequence[float]) -> Examination:
+    images = [JudgedImage(str(i), Path(str(i)), str(i), {"age_years": float(age)}) for i, age in enumerate(ages)]
+    return Examination(tuple(Examined(image, image.file, False, False, (), None) for image in images), ())
+
+
+def test_whole_years_are_no_grid_of_values() -> None:
+    assert not list(_of_a_sweep(looks_of_ages(stream(0, "test/ages").integers(45, 80, 200).tolist())))
+    assert list(_of_a_sweep(looks_of_ages([50, 60, 70] * 4)))
+    assert list(_of_a_sweep(looks_of_ages(([50, 60, 70] * 4)[:-1])))  # one of them could not be made
+
+
+def test_few_training_images_are_a_danger_whoever_they_are_compared_with(mine: tuple[Path, Path, Path]) -> None:
+    """Only the model's own record says that they were phantoms, and not the cohort that it is judged against."""
+    synth, real, out = mine
+    write_json(real / "prepared.json", {"name": "phantoms"})
+    said = "Trained on 6 images: a model that has seen so few makes copies and blends of them."
+    warning = next(warning for warning in judge(synth, real, out).warnings if warning.startswith(said))
+    assert "Do not take its brains for nobody's" in warning
+    record = read_json(synth / "generation.json")
+    write_json(synth / "generation.json", record | {"model": record["model"] | {"cohort": "Phantoms 2 mm"}})
+    assert said in judge(synth, real, out).warnings
 
 
 def test_the_same_file_many_times_is_said(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -475,23 +561,54 @@ def test_a_predictor_that_may_have_learnt_from_the_people_is_said(mine: tuple[Pa
     prepared = read_json(people / "prepared.json")
     write_json(people / "prepared.json", prepared | {"config": known})
     for split_by, told in ((known, False), ({"holdout": 0.2, "seed": 6}, True)):
-        predictor = _Learnt(training={"split_by": split_by})
-        judging = Judge(
-            *(judged_images.open_images(folder, side) for folder, side in ((made, "synthetic"), (people, "real"))),
-            out, out, BlobMeasure(), 4, 0, 1, 200, Quiet(), {"age_years": predictor},
-        )  # fmt: skip
-        out.mkdir(exist_ok=True)
-        found = caveats(judging.made, judging.people, judging.run(show_real=False))
+        judging = with_predictor(made, people, out, _Learnt(training={"split_by": split_by}))
+        found = caveats(judging.made, judging.people, judging.run(shown=()))
         assert any("predictor of age may have learnt" in sentence for sentence in found) is told
+
+
+def with_predictor(synth: Path, real: Path, out: Path, predictor: _Learnt) -> Judge:
+    """A judge of those folders who asks that predictor of age."""
+    made, people = judged_images.open_images(synth, "synthetic"), judged_images.open_images(real, "real")
+    out.mkdir(exist_ok=True)
+    return Judge(made, people, out, out, BlobMeasure(), 4, 0, 1, 200, Quiet(), {"age_years": predictor})
+
+
+def test_what_a_predictor_says_stands_beside_what_was_asked(mine: tuple[Path, Path, Path]) -> None:
+    synth, real, out = mine
+    with_predictor(synth, real, out, _Learnt()).run(shown=())
+    ages = [row["age_years_measured"] for row in read_table(out / "measured.tsv").rows]
+    assert {float(age) for age in ages} == {60.0}
+    for row in read_table(out / "measured_reference.tsv").rows:  # it has learnt from those trained on
+        assert (row["age_years_measured"] == "n/a") == (row["split"] == "train")
+        assert row["ventricles_mm3_measured"] != "n/a"
+
+
+def test_an_image_that_a_predictor_fails_in_is_said(mine: tuple[Path, Path, Path]) -> None:
+    synth, real, out = mine
+    found = with_predictor(synth, real, out, _Learnt(says=float("nan"))).run(shown=())
+    assert len(found.failures) == 12 + 5  # every brain, and everybody held out
+    assert {failure.side for failure in found.failures} == {"synthetic", "real"}
+    assert all("no finite number for age_years" in failure.message for failure in found.failures)
+
+
+def test_a_predictor_of_another_grid_is_refused_before_anything_is_read(
+    mine: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Judge, "examined", lambda *_: pytest.fail("images were read"))
+    judging = with_predictor(*mine, _Learnt(grid=GRIDS["4mm"]))
+    with pytest.raises(UsageError, match=r"learnt takes images of 40 x 56 x 40 voxels of 4 x 4 x 4 mm .* 8 x 8 x 8 mm"):
+        judging.run(shown=())
 
 
 @dataclass(frozen=True)
 class _Learnt:
-    training: dict
+    training: dict = field(default_factory=dict)
     name: str = "learnt"
+    says: float = 60.0
+    grid: Grid = TINY
 
     def __call__(self, image: Volume) -> _Age:
-        return _Age(60.0)
+        return _Age(self.says)
 
 
 @dataclass(frozen=True)

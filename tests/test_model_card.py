@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from brainldm.base.errors import BadInput, UsageError
+from brainldm.base.errors import BadInput, PartialFailure, UsageError
 from brainldm.base.files import read_json, write_json
 from brainldm.base.manifest import Manifest
 from brainldm.base.volume import GRIDS
@@ -22,12 +22,12 @@ from brainldm.evaluate.estimate import Estimate
 from brainldm.model.folder import read_description
 from brainldm.recipes import card_figures, reconstruction
 from brainldm.recipes.card_facts import commands
-from brainldm.recipes.card_figures import _without_sign, is_monotone
-from brainldm.recipes.card_text import card_text
+from brainldm.recipes.card_figures import BOUNDS, _without_sign, is_monotone, targeted
+from brainldm.recipes.card_text import _told_together, card_text
 from brainldm.recipes.model_card import make_card
 from brainldm.recipes.reconstruction import Painting, PhantomStudy, likeness, painted, psnr_db
 from brainldm.train.predictor_run import train_predictor
-from test_table1 import Darkness
+from test_table1 import Darkness, fail_some_brains
 
 TARGETED = ("ventricles", "brain", "age", "sex", "ms_ssim", "reconstruction", "extrapolation")
 
@@ -84,7 +84,7 @@ def test_the_card_holds_every_figure_and_is_gone_on_with(
     results = json.loads((out / "results.json").read_text())
     assert results == json.loads(json.dumps(made))
     for key in TARGETED:
-        assert {"value", "n", "interval_95", "seed", "target", "met", "paper"} <= results[key].keys(), key
+        assert {"value", "n", "interval_95", "seed", "target", "met", "verdict", "paper"} <= results[key].keys(), key
     assert results["ventricles"]["n"] == 4 and results["reconstruction"]["n"] == 2
     assert results["model"]["id"] == read_description(tiny_run).identity
     assert results["ms_ssim"]["held_out"]["value"] is not None
@@ -103,10 +103,17 @@ def test_the_card_holds_every_figure_and_is_gone_on_with(
     begun = {**results["training"], "started_from": {"name": "another", "id": "0123"}}
     assert "The model began as another (0123); whom that" in card_text({**results, "training": begun})
     told = card_text({**results, "model": {**results["model"], "response": response}})
-    few = {**results["extrapolation"], "value": 1.0, "interval_95": [0.57, 1.0], "marked": True}
-    lines = card_text({**results, "extrapolation": few}).splitlines()
-    assert "| uncertain |" in next(line for line in lines if line.startswith("| Figure 4"))
+    every = {**results["extrapolation"], "value": 1.0, "interval_95": [0.57, 1.0]}
+    beyond = targeted(every, BOUNDS["extrapolation"], target=every["target"])
+    lines = card_text({**results, "extrapolation": beyond}).splitlines()
+    assert "| met |" in next(line for line in lines if line.startswith("| Figure 4"))
+    assert "](extrapolation.png)" in card
+    assert "![Beyond" not in card_text({**results, "extrapolation": {**beyond, "picture": None}})
+    assert "could not be" not in card
+    failing = card_text({**results, "settings": results["settings"] | {"not_made": 1, "not_judged": 2}})
+    assert "- 1 image could not be made" in failing and "- 2 images could not be judged" in failing
     unasked = {**results["age"], "value": None, "n": 0, "interval_95": None, "reason": "no predictor of age was given"}
+    unasked = targeted(unasked, BOUNDS["age"])
     unjudged = card_text({**results, "age": unasked}).splitlines()
     assert "| not judged |" in next(line for line in unjudged if line.startswith("| Age"))
     assert "Age, asked and predicted: r" in next(line for line in unjudged if "Not judged: " in line)
@@ -121,6 +128,53 @@ def test_the_card_holds_every_figure_and_is_gone_on_with(
     again = make()
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.nii.gz")}
     assert {key: again[key] for key in (*TARGETED, "speed")} == {key: made[key] for key in (*TARGETED, "speed")}
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "key", "verdict"),
+    [
+        (0.99, [0.985, 0.995], "ventricles", "met"),
+        (0.99, [0.97, 0.995], "ventricles", "uncertain"),
+        (0.97, [0.95, 0.99], "ventricles", "missed"),
+        (None, None, "ventricles", "not judged"),
+        (1.0, [0.57, 1.0], "extrapolation", "met"),  # no interval of a share lies at 1
+        (0.8, [0.4, 0.96], "extrapolation", "missed"),
+    ],
+)
+def test_card_and_terminal_tell_one_verdict(
+    value: float | None, interval: list[float] | None, key: str, verdict: str
+) -> None:
+    found = targeted({"value": value, "interval_95": interval}, BOUNDS[key])
+    assert (found["verdict"], found["met"]) == (verdict, verdict in ("met", "uncertain"))
+    assert targeted(found, BOUNDS[key], holds=False)["verdict"] == ("missed" if value is not None else "not judged")
+    told = _told_together([{"what": "it", "verdict": "met"}, {"what": "this", "verdict": verdict}])
+    assert told == ("Every target is met." if verdict == "met" else f"{verdict.capitalize()}: this.")
+
+
+def test_a_card_whose_brains_cannot_all_be_made_is_whole(
+    tiny_run: Path, tiny_cohort: Path, ellipsoids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(card_figures, "NOISES", 1)
+    fail_some_brains(monkeypatch, {2})
+    said: list[str] = []
+    with pytest.raises(PartialFailure, match="1 image could not be made"):
+        make_card(
+            tiny_run,
+            tiny_cohort,
+            tmp_path / "card",
+            age=None,
+            sex=None,
+            phantoms=ellipsoids,
+            n=4,
+            pairs=4,
+            instrument=Darkness(),
+            say=said.append,
+        )
+    results = read_json(tmp_path / "card" / "results.json")
+    assert results["settings"]["not_made"] == 1 and results["speed"]["brains_timed"] == 3
+    assert results["ventricles"]["n"] == 3
+    assert "1 image could not be made" in (tmp_path / "card" / "README.md").read_text()
+    assert any(line.startswith("Age, asked and predicted") and line.endswith(": not judged") for line in said)
 
 
 def test_what_does_not_belong_together_is_refused_before_the_first_brain(

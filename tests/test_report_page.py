@@ -84,7 +84,7 @@ def test_the_page_says_what_was_found(page: Reader, evaluation: Path) -> None:
         "12 synthetic T1-weighted brain images, made by the model “blob model” (trained on 6 images)",
         "with DDIM in 50 steps from seed 3",
         "compared with 15 real people of “cohort”",
-        "Trained on 6 people",
+        "Trained on 6 images",
         "Does it obey?",
         "Does it copy?",
         "MS-SSIM between pairs",
@@ -189,6 +189,63 @@ def test_phantoms_are_called_phantoms(tmp_path: Path) -> None:
     assert any("The reference people are phantoms" in warning for warning in card.warnings)
     text = Reader(write_report(tmp_path / "out").read_text()).text
     assert "compared with 4 phantoms" in text and "slices of real people" not in text
+
+
+def told(out: Path, *settings: dict) -> str:
+    """The text of an evaluation's page, as its settings would have it."""
+    card = read_json(out / "scorecard.json")
+    for more in settings:
+        card["settings"] |= more
+    write_json(out / "scorecard.json", card)
+    return Reader(write_report(out).read_text()).text
+
+
+def test_whose_the_volumes_are_is_said_as_it_is(evaluation: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(evaluation, tmp_path / "out"))
+    assert "One instrument, “blob counter 1”, measured the volumes of both." in told(out)
+    assert "how far they lie from the line is the instrument’s own error." in told(out)
+    tables = {"instruments": {"synthetic": "table:made.csv", "real": "table:real.csv"}}
+    text = told(out, tables, {"recorded_volumes_were_measured": True})
+    assert "volumes are those of “table:made.csv”, of the others those of “table:real.csv”" in text
+    assert "measured the volumes of both" not in text and "the instrument’s own error" not in text
+    assert "how far two measurements of one person lie apart" in text and "are no truth" in text
+
+
+def test_without_real_people_none_are_spoken_of(tmp_path: Path) -> None:
+    synthetic = write_synthetic(tmp_path / "s", [1e4, 2e4, 3e4])
+    evaluate_dataset(synthetic, None, tmp_path / "out", instrument=BlobMeasure(), workers=1)
+    text = told(tmp_path / "out")
+    assert "Their volumes are those of “blob counter 1”." in text
+    for words in ("of both", "Crosses are", "real people", "instrument alone"):
+        assert words not in text, words
+
+
+def test_images_that_nobody_says_were_made_are_not_called_so(tmp_path: Path) -> None:
+    """As where one half of real people is judged against the other."""
+    people = write_cohort(tmp_path / "people", [1e4, 2e4, 3e4])
+    others = write_cohort(tmp_path / "others", [1e4, 2e4, 3e4, 4e4])
+    evaluate_dataset(people, others, tmp_path / "out", instrument=BlobMeasure(), workers=1, show_made=False)
+    text = told(tmp_path / "out")
+    assert "No person was scanned" not in text and "3 brain images, judged" in text
+    assert "judged as if they were synthetic: their folder does not say that they are" in text
+
+
+def test_ages_have_a_panel_where_a_predictor_was_asked(evaluation: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(evaluation, tmp_path / "out"))
+    before = Reader(write_report(out).read_text()).count("source")
+    lines = (out / "measured.tsv").read_text().splitlines()
+    (out / "measured.tsv").write_text(
+        "\n".join([f"{lines[0]}\tage_years_measured", *(f"{line}\t{50 + i}" for i, line in enumerate(lines[1:]))])
+    )
+    assert Reader(write_report(out).read_text()).count("source") == before + 1
+
+
+def test_an_image_that_failed_twice_is_counted_once(evaluation: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(evaluation, tmp_path / "out"))
+    card = read_json(out / "scorecard.json")
+    failure = {"side": "real", "participant_id": "a", "file": "a.nii", "reason": "x", "message": "no", "remedy": ""}
+    write_json(out / "scorecard.json", card | {"failures": [failure, {**failure, "message": "nor this"}]})
+    assert "1 image could not be judged, or not in every way" in told(out)
 
 
 def test_other_folders_are_refused(evaluation: Path, tmp_path: Path) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from brainldm.base.errors import UsageError
+from brainldm.base.errors import PartialFailure, UsageError
 from brainldm.base.volume import Volume
 from brainldm.cohort.measure import Measured
+from brainldm.generate import run
 from brainldm.recipes.table1 import REAL, WAYS, as_markdown, make_table1
 
 SHORT = tuple(replace(way, sampler="ddim", steps=4) if way.sampler else way for way in WAYS)
@@ -26,6 +29,18 @@ class Darkness:
     def __call__(self, image: Volume) -> Measured:
         dark = float((image.data_XYZ < 0.3).sum())
         return Measured(dark, 2 * dark + float(image.data_XYZ.sum()), 1.0, 1.0)
+
+
+def fail_some_brains(monkeypatch: pytest.MonkeyPatch, which: Collection[int]) -> None:
+    """Generation finds nothing sound in the brains that it makes, say, first and third (1, 3), counted over all calls.
+    It draws each once."""
+    numbers, judge = itertools.count(1), run.objection_to
+
+    def objection_to(*about: object) -> str:
+        return "it is blank" if next(numbers) in which else judge(*about)
+
+    monkeypatch.setattr(run, "ATTEMPTS", 1)
+    monkeypatch.setattr(run, "objection_to", objection_to)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +67,11 @@ def test_every_way_stands_in_the_table_beside_the_real(made: Path) -> None:
         recall = next(r for r in card["rows"] if r["key"] == "manifold.recall")
         assert line["scorecard"]["manifold.recall"]["synthetic"]["value"] == recall["synthetic"]["value"]
     text = (made / "table1.md").read_text()
-    assert text == as_markdown(table) and text.count("\n") == len(WAYS) + 3
+    assert text == as_markdown(table) and text.count("\n|") == len(WAYS) + 2
+    assert "Images judged: LSGAN 5, " in text and f"{REAL} 10." in text and "could not be" not in text
+    # Once, what is to be known of all; a warning of a way alone stands in the JSON.
+    assert text.count("- The model says") <= 1 and text.count("- Only 5 synthetic images could be judged") == 1
+    assert all(line["failures"] == {"synthetic": 0, "real": 0} and line["warnings"] for line in table["lines"][:-1])
 
 
 def test_the_four_figures_are_drawn(made: Path) -> None:
@@ -80,6 +99,44 @@ def test_a_time_that_an_interrupted_run_took_along_is_left_out(
     make_table1(tiny_cohort, again, models=models, minutes=0.02, n=5, pairs=6, ways=SHORT, instrument=Darkness())
     line = json.loads((again / "table1.json").read_text())["lines"][0]
     assert line["way"] == "lsgan" and line["seconds_an_image"] is None
+
+
+def test_brains_that_cannot_be_made_stop_neither_table_nor_figures(
+    made: Path, tiny_cohort: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the LSGAN, all of the VAE-GAN and one of Figure 4."""
+    again, said = Path(shutil.copytree(made, tmp_path / "again")), list[str]()
+    for name in ("brains/lsgan", "brains/vaegan", "figures"):
+        shutil.rmtree(again / name)
+    (again / "table1.json").unlink()
+    fail_some_brains(monkeypatch, {1, *range(6, 11), 21})
+    with pytest.raises(PartialFailure, match=r"LSGAN: 1 of 5 brains .*; VAE-GAN: 5 of 5 brains .*; figure 4: 1 of 6"):
+        make_table1(
+            tiny_cohort,
+            again,
+            models={"ldm": tiny_run},
+            minutes=0.02,
+            n=5,
+            pairs=6,
+            ways=SHORT,
+            instrument=Darkness(),
+            say=said.append,
+        )
+    table = json.loads((again / "table1.json").read_text())
+    lsgan, vaegan = table["lines"][:2]
+    assert (lsgan["not_made"], lsgan["judged"], lsgan["figures"]["MS-SSIM"]["n"]) == (1, 4, 4)
+    assert lsgan["seconds_an_image"] > 0
+    assert (vaegan["not_made"], vaegan["judged"], vaegan["figures"]) == (5, 0, {})
+    assert as_markdown(table) in said and "LSGAN 4, VAE-GAN 0, " in said[-1]
+    assert "LSGAN: 1 of 5 brains could not be made." in said[-1]
+    assert {path.name for path in (again / "figures").rglob("*.png")} >= {"figure1.png", "figure3.png", "figure.png"}
+
+
+def test_images_that_could_not_be_judged_are_said(made: Path) -> None:
+    table = json.loads((made / "table1.json").read_text())
+    table["lines"][0]["failures"] = {"synthetic": 2, "real": 1}
+    text = as_markdown(table)
+    assert "LSGAN: 2 brains could not be judged, or not in every way. 1 real image could not be judged" in text
 
 
 def test_a_model_of_another_grid_is_refused(tiny_cohort: Path, tiny_run: Path, made: Path, tmp_path: Path) -> None:

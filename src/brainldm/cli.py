@@ -646,10 +646,10 @@ def table1(
     workers: Workers = 1,
 ) -> None:
     """Table 1 and Figures 1 to 4 of Pinaya et al. 2022: LSGAN, VAE-GAN and latent diffusion by one judge."""
-    from brainldm.recipes.table1 import as_markdown, make_table1
+    from brainldm.recipes.table1 import make_table1
 
     with _progress() as progress:
-        table = make_table1(
+        make_table1(
             cohort,
             out,
             models={"ldm": ldm, "lsgan": lsgan, "vaegan": vaegan, "age": age, "sex": sex},
@@ -663,7 +663,6 @@ def table1(
             progress=progress,
             say=_say,
         )
-    _say(as_markdown(table))
     _say(f"The table is in {out / 'table1.md'}, the figures in {out / 'figures'}.")
 
 
@@ -726,7 +725,7 @@ def card(
     from brainldm.recipes.model_card import make_card
 
     with _progress() as progress:
-        results = make_card(
+        make_card(
             model,
             cohort,
             out,
@@ -741,10 +740,6 @@ def card(
             progress=progress,
             say=_say,
         )
-    for name, found in results.items():
-        if isinstance(found, dict) and "met" in found:
-            shown = "none" if found["value"] is None else f"{found['value']:.4g}"
-            _say(f"{name}: {shown}, {found['target']}: {'met' if found['met'] else 'missed'}")
     _say(f"The card is {out / 'README.md'}.")
 
 
@@ -910,8 +905,8 @@ def evaluate(
     _say(scorecard.as_text())
     _say(f"The scorecard is in {out}. Next: brainldm report {_quoted(out)}")
     if scorecard.failures:
-        images = counted(len(scorecard.failures), "image")
-        raise PartialFailure(f"{images} could not be judged; see failures.tsv.", path=out)
+        images = counted(scorecard.failed, "image")
+        raise PartialFailure(f"{images} could not be judged, or not in every way; see failures.tsv.", path=out)
 
 
 @app.command

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from brainldm.base.counts import counted
 from brainldm.base.covariates import CONTINUOUS
 from brainldm.base.derivative import are_phantoms
 from brainldm.evaluate.diversity import SCALE_WEIGHTS, scale_weights
@@ -23,14 +25,13 @@ def caveats(made: ImageFolder, people: ImageFolder | None, found: Findings) -> t
     """All that applies to this evaluation, the weightiest first."""
     said: list[str] = []
     if people is not None and found.copies is not None:
-        phantoms = are_phantoms(people.provenance)
-        said += _of_copies(made, people, found, found.copies, phantoms)
-        if phantoms:
+        said += _of_copies(made, people, found, found.copies)
+        if are_phantoms(people.provenance):
             said.append(
                 "The reference people are phantoms: these figures show that the machinery works, and nothing of how "
                 "brains learnt from real scans would come out."
             )
-        if _config(people).get("volumes") == "measure":
+        if people.volumes_were_measured:
             said.append(
                 "The volumes recorded of the real people were themselves measured, in their scans as they came: the "
                 "figures of the instrument alone show what this grid costs it, not how far it is from the truth."
@@ -79,15 +80,15 @@ def caveats(made: ImageFolder, people: ImageFolder | None, found: Findings) -> t
     return (*said, *made.warnings, *(people.warnings if people is not None else ()))
 
 
-def _of_copies(
-    made: ImageFolder, people: ImageFolder, found: Findings, copies: Memorisation, phantoms: bool
-) -> Iterator[str]:
-    stated = _stated_training_images(made.provenance)
-    trained = stated if stated is not None else len(people.training)
+def _of_copies(made: ImageFolder, people: ImageFolder, found: Findings, copies: Memorisation) -> Iterator[str]:
+    model = _model(made)
+    stated = model.get("training_images")
+    trained = stated if isinstance(stated, int) else len(people.training)
     if 0 < trained < FEW_TRAINING_PEOPLE:
-        who = ("phantom" if phantoms else "person") if trained == 1 else ("phantoms" if phantoms else "people")
+        # The model's own cohort, by its name: the people compared with may be others.
+        phantoms = are_phantoms({"prepared.json": {"name": model.get("cohort", "")}})
         yield (
-            f"Trained on {trained} {who}: a model that has seen so few makes copies and blends of them."
+            f"Trained on {counted(trained, 'image')}: a model that has seen so few makes copies and blends of them."
             + ("" if phantoms else " Do not take its brains for nobody's, and do not share them as such.")
         )
     real_files = {look.sha256 for look in found.real.images}
@@ -99,7 +100,7 @@ def _of_copies(
             "The real folder does not say whom the model was trained on: every real image counts as a training image "
             "in the search for copies."
         )
-    elif stated is not None and stated != len(people.training):
+    elif isinstance(stated, int) and stated != len(people.training):
         yield (
             f"The model says it was trained on {stated} images and the reference cohort has {len(people.training)} "
             "training people: the search for copies may have looked at the wrong people."
@@ -113,7 +114,7 @@ def _of_copies(
 
 def _of_predictors(people: ImageFolder, found: Findings) -> Iterator[str]:
     """Where a predictor's own figure on real people may be of people it has learnt from."""
-    split_by = {name: value for name, value in _config(people).items() if name in ("holdout", "seed")}
+    split_by = {name: value for name, value in people.config.items() if name in ("holdout", "seed")}
     for covariate, predictor in found.predictors.items():
         learnt_by = getattr(predictor, "training", {}).get("split_by")
         if not people.held_out:
@@ -128,19 +129,11 @@ def _of_predictors(people: ImageFolder, found: Findings) -> Iterator[str]:
         )
 
 
-def _config(people: ImageFolder) -> dict[str, Any]:
-    """How the cohort was prepared, as far as it says."""
-    prepared = people.provenance.get("prepared.json")
-    config = prepared.get("config") if isinstance(prepared, dict) else None
-    return config if isinstance(config, dict) else {}
-
-
-def _stated_training_images(provenance: Any) -> int | None:
-    """How many images the model says it was trained on."""
-    generation = provenance.get("generation.json")
+def _model(made: ImageFolder) -> Mapping[str, Any]:
+    """What is recorded of the model that made the images; empty where nothing is."""
+    generation = made.provenance.get("generation.json")
     model = generation.get("model") if isinstance(generation, dict) else None
-    stated = model.get("training_images") if isinstance(model, dict) else None
-    return stated if isinstance(stated, int) else None
+    return model if isinstance(model, dict) else {}
 
 
 def _of_images(side: str, found: Examination) -> Iterator[str]:
@@ -164,7 +157,9 @@ def _of_images(side: str, found: Examination) -> Iterator[str]:
 def _of_a_sweep(synthetic: Examination) -> Iterator[str]:
     for name in CONTINUOUS:
         values = [look.image.covariates[name] for look in synthetic.images if name in look.image.covariates]
-        if len(values) >= 4 and len(set(values)) <= len(values) // 2:
+        times = Counter(values).values()
+        # A plan repeats its grid evenly, which ages in whole years do not.
+        if len(values) >= 4 and len(times) <= len(values) // 2 and max(times) - min(times) <= 1:
             yield (
                 "The brains were asked for on a grid of values, not drawn like the population: rows that compare the "
                 "two sets as wholes also show that plan."

@@ -149,7 +149,8 @@ def diversity(
     workers: int,
     progress: Progress,
 ) -> dict[str, Diversity]:
-    """MS_SSIM, FOUR_G_R_SSIM (structure alone) and FOUR_G_SSIM (all terms) over random pairs of a side's images."""
+    """MS_SSIM, FOUR_G_R_SSIM (structure alone) and FOUR_G_SSIM (all terms) over random pairs of a side's images,
+    whose `sha256` is known."""
     weights = scale_weights(grid.shape_XYZ)
     too_small = {
         MS_SSIM: not weights and f"the {KERNEL}-voxel window",
@@ -229,8 +230,10 @@ def _score_group(
 
 
 def _prepared_of(image: JudgedImage, grid: JudgingGrid, scales: int) -> Prepared:
-    """The image made ready for pairs, from this process's memory of the last few where it is among them."""
-    key = (str(image.path.resolve()), grid)
+    """The image made ready for pairs, from this process's memory of the last few where it is among them: known by what
+    it holds, since another may lie at its path by the next call."""
+    assert image.sha256 is not None, "it was looked at before"
+    key = (image.sha256, grid)
     found = _prepared.get(key)
     if found is None:
         found = Prepared.of(read_for_judging(image, grid), scales)

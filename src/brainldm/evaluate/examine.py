@@ -111,10 +111,12 @@ def examine(
     sketched: Container[str],
     workers: int,
     progress: Progress,
+    who: str = "",
 ) -> Examination:
     """Looks at every image of one side once; what cannot be judged becomes a failure and the rest goes on.
 
-    Sketches are made of the files in `sketched`: they are what takes memory.
+    Sketches are made of the files in `sketched`: they are what takes memory. `who` is said in place of the side while
+    they are read.
     """
     good: dict[int, Examined] = {}
     failures: dict[int, Failure] = {}
@@ -122,7 +124,7 @@ def examine(
     look = partial(examine_one, grid=grid)
     heavy = len(images) * grid.voxels >= VOXELS_WORTH_A_PROCESS
     for position, outcome in each(
-        look, requests, workers=workers, progress=progress, what=f"reading {side} images", heavy=heavy
+        look, requests, workers=workers, progress=progress, what=f"reading {who or side} images", heavy=heavy
     ):
         if isinstance(outcome, Exception):
             failures[position] = Failure.of(side, images[position], outcome)

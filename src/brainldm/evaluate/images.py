@@ -55,7 +55,7 @@ class JudgedImage:
 
 @dataclass(frozen=True)
 class Failure:
-    """One image that could not be judged, as a row of failures.tsv."""
+    """One image that could not be judged, or in which an instrument found nothing, as a row of failures.tsv."""
 
     side: str  # "synthetic" or "real"
     participant_id: str
@@ -86,6 +86,18 @@ class ImageFolder:
     failures: tuple[Failure, ...] = ()
     warnings: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """How a cohort was prepared, as far as it says."""
+        prepared = self.provenance.get("prepared.json")
+        config = prepared.get("config") if isinstance(prepared, dict) else None
+        return config if isinstance(config, dict) else {}
+
+    @property
+    def volumes_were_measured(self) -> bool:
+        """Whether the volumes recorded of these people are what an instrument found in their scans, and so no truth."""
+        return self.config.get("volumes") == "measure"
 
     @property
     def training(self) -> tuple[JudgedImage, ...]:

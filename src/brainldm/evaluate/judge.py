@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from brainldm.base.covariates import VOLUMES
-from brainldm.base.errors import BadInput
+from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.manifest import Manifest
 from brainldm.base.progress import Progress
 from brainldm.base.streams import drawn, stream
+from brainldm.base.volume import same_voxels
 from brainldm.evaluate.conditioning import Agreement, TrainingRanges, agreement, sex_told
 from brainldm.evaluate.coverage import manifolds
 from brainldm.evaluate.distribution import brain_mask, intensity_distance, mean_image_distance
@@ -62,7 +63,8 @@ MAX_SKETCHED = 1000
 @dataclass(frozen=True)
 class Findings:
     """What the steps gave. `copies` is None where there are no real images; `sampled` is how many of them were looked
-    at. `hard_to_measure` counts, by side, the images whose volumes the instrument itself does not believe."""
+    at. `instruments` gave the volumes, by side; `hard_to_measure` counts, by side, the images whose volumes the
+    instrument itself does not believe."""
 
     grid: JudgingGrid
     synthetic: Examination
@@ -72,7 +74,7 @@ class Findings:
     copies: Memorisation | None
     failures: tuple[Failure, ...]
     seconds: Mapping[str, float]
-    instrument: str
+    instruments: Mapping[str, str]
     hard_to_measure: Mapping[str, int] = field(default_factory=dict)
     held_out_only: bool = False
     predictors: Mapping[str, Instrument] = field(default_factory=dict)
@@ -103,7 +105,8 @@ class Judge:
     failures: list[Failure] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def run(self, *, show_real: bool) -> Findings:
+    def run(self, *, shown: Sequence[str] = ("synthetic", "real")) -> Findings:
+        """Everything, and pictures of the sides `shown`."""
         begun = time.monotonic()
         # Which images, on which grid
         sample = () if self.people is None else self.sample_of(self.compared_with(self.people), self.max_real, "real")
@@ -115,6 +118,7 @@ class Judge:
                 path=self.made.folder,
                 reason="empty",
             )
+        self.check_predictors(grid)
 
         # One look at each
         synthetic = self.examined(self.made, self.made.images, "synthetic", grid)
@@ -129,17 +133,20 @@ class Judge:
         # What the instrument finds in them
         measured = self.measured(synthetic, "synthetic", grid)
         measured_real = self.measured(real, "real", grid)
-        outside = self.outside_training()
-        write_measured(self.out / "measured.tsv", synthetic.images, measured, known_as="asked", outside=outside)
-        write_measured(self.out / "measured_reference.tsv", real.images, measured_real, known_as="recorded")
-
-        # The judgements
-        found = dict.fromkeys(VOLUMES, (measured, measured_real))
-        for name, predictor in self.predictors.items():
-            found[name] = (
+        predicted = {
+            name: (
                 self.predicted(synthetic, "synthetic", predictor, grid),
                 self.predicted(real, "real", predictor, grid),
             )
+            for name, predictor in self.predictors.items()
+        }
+        outside = self.outside_training()
+        by, by_real = zip((measured, measured_real), *predicted.values())
+        write_measured(self.out / "measured.tsv", synthetic.images, by, known_as="asked", outside=outside)
+        write_measured(self.out / "measured_reference.tsv", real.images, by_real, known_as="recorded")
+
+        # The judgements
+        found = dict.fromkeys(VOLUMES, (measured, measured_real)) | predicted
         rows = self.conditioning(synthetic, real, found, outside)
         rows += self.in_pairs(synthetic, real, grid)
         rows += self.distribution(synthetic, real, measured, measured_real)
@@ -156,9 +163,9 @@ class Judge:
             draw_pictures(
                 self.out / "figures",
                 {"synthetic": synthetic.images, "real": real.images},
+                shown=shown,
                 white=white_point([*synthetic.sketches, *real.sketches]),
                 seed=self.seed,
-                show_real=show_real,
             )
         self.seconds["all"] = time.monotonic() - begun
         seconds = {name: round(value, 2) for name, value in self.seconds.items()}
@@ -171,11 +178,24 @@ class Judge:
             copies,
             tuple(self.failures),
             seconds,
-            measured.instrument,
+            {"synthetic": measured.instrument} | ({} if self.people is None else {"real": measured_real.instrument}),
             {"synthetic": measured.poor(synthetic.images), "real": measured_real.poor(real.images)},
             self.held_out_only,
             self.predictors,
         )
+
+    def check_predictors(self, grid: JudgingGrid) -> None:
+        """UsageError where a predictor is of another grid than `grid`: it would refuse every image."""
+        for predictor in self.predictors.values():
+            own = getattr(predictor, "grid", None)  # an instrument that takes any image has none
+            if own is not None and not same_voxels(own, grid):
+                taken = JudgingGrid.of(own.shape_XYZ, own.affine)
+                raise UsageError(
+                    f"the predictor {predictor.name} takes images of {taken.describe()} from {_first_voxel(taken)} on, "
+                    f"and these are judged as {grid.describe()} from {_first_voxel(grid)} on.",
+                    remedy="Train one on a cohort of that grid (brainldm train age or sex), or judge without it.",
+                    path=self.made.folder,
+                )
 
     # ---- looking ----------------------------------------------------------------------------------------------------
 
@@ -222,7 +242,9 @@ class Judge:
     def predicted(self, found: Examination, side: str, predictor: Instrument, grid: JudgingGrid) -> Measurements:
         """What a predictor says of the images; of real people only of those held out, since it has learnt the rest."""
         unseen = [look for look in found.images if side == "synthetic" or look.image.split != "train"]
-        return self.asked_of(predictor, unseen, side, grid)
+        predicted = self.asked_of(predictor, unseen, side, grid)
+        self.failures += predicted.failures
+        return predicted
 
     def asked_of(
         self, instrument: Instrument, images: Sequence[Examined], side: str, grid: JudgingGrid
@@ -280,12 +302,13 @@ class Judge:
                     members = [look for look, is_beyond in zip(synthetic.images, beyond) if is_beyond is wanted]
                     groups[group] = compared(members, measured)
             own = None if self.people is None else compared(real.images, measured_real)
-            rows += conditioning_rows(covariate, groups, own)
+            measured_before = self.people is not None and self.people.volumes_were_measured and covariate in VOLUMES
+            rows += conditioning_rows(covariate, groups, own, recorded_is_measured=measured_before)
         return rows
 
     def in_pairs(self, synthetic: Examination, real: Examination, grid: JudgingGrid) -> list[Row]:
         def of(found: Examination, side: str) -> dict[str, Diversity]:
-            images = [look.image for look in found.images]
+            images = [replace(look.image, sha256=look.sha256) for look in found.images]
             with self.timed("pairs"):
                 return diversity(
                     images,
@@ -402,19 +425,19 @@ class Judge:
         return found
 
     def looks(
-        self, images: Sequence[JudgedImage], real: Examination, grid: JudgingGrid, side: str
+        self, images: Sequence[JudgedImage], real: Examination, grid: JudgingGrid, who: str
     ) -> Iterator[list[Examined]]:
-        """The images with their sketches, in blocks; those not looked at yet are looked at, so that the images of a
-        large cohort are never all in memory."""
+        """The images of real people with their sketches, in blocks; those not looked at yet are looked at, so that the
+        images of a large cohort are never all in memory. `who` they are is said while they are read."""
         known = {look.image.file: look for look in real.images if look.sketch is not None}
         if there := [known[image.file] for image in images if image.file in known]:
             yield there
-        failed = {failure.file for failure in self.failures if failure.side == "real"}
+        failed = {failure.file for failure in real.failures}
         rest = [image for image in images if image.file not in known and image.file not in failed]
         for start in range(0, len(rest), MAX_SKETCHED):
             block = rest[start : start + MAX_SKETCHED]
             files = {image.file for image in block}
-            found = examine(block, side, grid, sketched=files, workers=self.workers, progress=self.progress)
+            found = examine(block, "real", grid, sketched=files, workers=self.workers, progress=self.progress, who=who)
             self.failures += found.failures
             if found.images:
                 yield list(found.images)
@@ -424,3 +447,7 @@ class Judge:
         begun = time.monotonic()
         yield
         self.seconds[what] = self.seconds.get(what, 0.0) + time.monotonic() - begun
+
+
+def _first_voxel(grid: JudgingGrid) -> str:
+    return f"({', '.join(f'{mm:g}' for mm in grid.affine[:3, 3])}) mm"

@@ -1,8 +1,8 @@
 """What an instrument finds in the images: once per image and instrument, kept on disk, never mixed with what was asked.
 
 An instrument is any callable from a Volume to a dataclass of numbers, such as cohort.measure.TemplateMeasure. What it
-found is kept in a manifest under the image's SHA-256 and the instrument's name, so that a killed run goes on where it
-stopped and a changed image is measured again.
+found is kept in a manifest under the image's SHA-256, the instrument's name, the grid that the image was brought to and
+the state of the measuring code, so that a killed run goes on where it stopped and a changed image is measured again.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ from brainldm.base.nifti import read_nifti
 from brainldm.base.progress import Progress
 from brainldm.base.tables import write_table
 from brainldm.base.volume import Volume
+from brainldm.cohort.source import PREPARATION
 from brainldm.evaluate.examine import Examined
 from brainldm.evaluate.grids import JudgingGrid, on_grid
 from brainldm.evaluate.images import Failure, JudgedImage
 from brainldm.evaluate.pool import each
+
+# What a measurement is kept under.
+_KEY = ("sha256", "instrument", "preparation", "grid")
 
 
 class Instrument(Protocol):
@@ -109,19 +113,24 @@ def measure(
     another grid than `grid` are brought to it first: an instrument errs otherwise on another grid (docs/measuring.md).
     EnvironmentProblem where the instrument cannot be used here."""
 
-    def name_for(look: Examined) -> str:
-        return f"{instrument.name}, on {grid.describe()}" if grid is not None and look.resampled else instrument.name
+    def key(look: Examined) -> dict[str, Any]:
+        return {
+            "sha256": look.sha256,
+            "instrument": instrument.name,
+            # The built-in measure keeps its name, which cohorts and models state, when a mend changes what it finds;
+            # this number is raised then.
+            "preparation": PREPARATION,
+            "grid": grid.key if grid is not None and look.resampled else None,
+        }
 
     known_before = {
-        (record["sha256"], record.get("instrument")): Measurement(
+        tuple(record[name] for name in _KEY): Measurement(
             record["values"], record["quality"], record.get("regions", {})
         )
         for record in cache.records()
-        if {"sha256", "values", "quality"} <= record.keys()
+        if {*_KEY, "values", "quality"} <= record.keys()
     }
-    found = {
-        look.sha256: known_before[key] for look in images if (key := (look.sha256, name_for(look))) in known_before
-    }
+    found = {look.sha256: known_before[of] for look in images if (of := tuple(key(look).values())) in known_before}
     # One of each: byte-identical images need one measurement.
     waiting = list({look.sha256: look for look in images if look.sha256 not in found}.values())
     known = len(images) - len(waiting)
@@ -143,8 +152,7 @@ def measure(
             continue
         found[look.sha256] = outcome
         cache.append(
-            sha256=look.sha256,
-            instrument=name_for(look),
+            **key(look),
             values=dict(outcome.values),
             quality=dict(outcome.quality),
             regions={name: round(volume, 1) for name, volume in outcome.regions.items()},
@@ -185,15 +193,15 @@ def measured_in_table(images: Sequence[Examined], side: str, path: Path) -> Meas
 def write_measured(
     path: Path,
     images: Sequence[Examined],
-    measured: Measurements,
+    measured: Sequence[Measurements],
     *,
     known_as: Literal["asked", "recorded"],
     outside: Callable[[Examined], tuple[str, ...] | None] | None = None,
 ) -> None:
-    """One row an image: what was `asked` of it, or `recorded` of a person, and in columns of their own what was
-    measured. `outside` names an image's covariates that lie outside the training range."""
-    names = sorted({name for m in measured.by_sha256.values() for name in m.values})
-    quality = sorted({name for m in measured.by_sha256.values() for name in m.quality})
+    """One row an image: what was `asked` of it, or `recorded` of a person, and in columns of their own what each
+    instrument measured. `outside` names an image's covariates that lie outside the training range."""
+    names = sorted({name for by in measured for m in by.by_sha256.values() for name in m.values})
+    quality = sorted({name for by in measured for m in by.by_sha256.values() for name in m.quality})
     columns = ["participant_id", "file", "sha256", *(f"{name}_{known_as}" for name in COVARIATES)]
     columns += ["split"] if outside is None else ["extrapolated"]
     columns += [f"{name}_measured" for name in names] + [f"quality_{name}" for name in quality]
@@ -210,8 +218,7 @@ def write_measured(
         if outside is not None:
             row["extrapolated"] = ",".join(outside(look) or ()) or None
         row |= {f"{name}_{known_as}": image.covariates.get(name) for name in CONTINUOUS}
-        found = measured.by_sha256.get(look.sha256)
-        if found is not None:
+        for found in (by.by_sha256[look.sha256] for by in measured if look.sha256 in by.by_sha256):
             row |= {f"{name}_measured": value for name, value in found.values.items()}
             row |= {f"quality_{name}": value for name, value in found.quality.items()}
         rows.append(row)

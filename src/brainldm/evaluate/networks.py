@@ -78,7 +78,8 @@ class MedicalNetSpace:
 
     @property
     def title(self) -> str:
-        return "Med3D" if self.is_published else "ResNet-50 of unknown weights"
+        network = "Med3D" if self.is_published else "ResNet-50 of unknown weights"
+        return network if self.scaling == "zscore" else f"{network}, -1 to 1"
 
     @property
     def is_published(self) -> bool:

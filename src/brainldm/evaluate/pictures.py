@@ -7,7 +7,7 @@ All pictures share one grey scale, so that what looks brighter is brighter.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,25 +39,26 @@ def white_point(sketches: Sequence[Sketch]) -> float:
 
 
 def draw_pictures(
-    folder: Path, sides: Mapping[str, Sequence[Examined]], *, white: float, seed: int, show_real: bool
+    folder: Path, sides: Mapping[str, Sequence[Examined]], *, shown: Collection[str], white: float, seed: int
 ) -> None:
-    """Writes a mosaic a side, synthetic.png and real.png, and figures.json, which says what is where in them.
+    """Writes a mosaic of each side that is `shown`, synthetic.png and real.png, and figures.json, which says what is
+    where in them.
 
     All pictures are cut to one box, around all the heads shown.
     """
-    shown: dict[str, list[tuple[Examined, dict[View, np.ndarray]]]] = {}
+    drawings: dict[str, list[tuple[Examined, dict[View, np.ndarray]]]] = {}
     crop: Crop | None = None
-    for side, limit in (("synthetic", MAX_SYNTHETIC), ("real", MAX_REAL if show_real else 0)):
-        shown[side] = []
-        for look in drawn(sides.get(side, ()), limit, stream(seed, f"evaluate/pictures/{side}")):
+    for side, limit in (("synthetic", MAX_SYNTHETIC), ("real", MAX_REAL)):
+        drawings[side] = []
+        for look in drawn(sides[side] if side in shown else (), limit, stream(seed, f"evaluate/pictures/{side}")):
             with contextlib.suppress(BrainldmError):  # gone since it was examined: no picture, and nothing else
                 data_XYZ, _ = to_unit(read_nifti(look.image.path).data_XYZ)
-                shown[side].append((look, {view: middle_slice(data_XYZ, view) for view in VIEWS}))
+                drawings[side].append((look, {view: middle_slice(data_XYZ, view) for view in VIEWS}))
                 around = Crop.around(data_XYZ, 0.1 * white)
                 crop = around if crop is None else crop.joined(around)
     cut = crop or Crop()
     index: dict[str, Any] = {"white": white}
-    for side, images in shown.items():
+    for side, images in drawings.items():
         mosaic, boxes = _mosaic([[cut.of(slices[view], view) for view in VIEWS] for _, slices in images])
         path = folder / f"{side}.png"
         if not images:

@@ -67,9 +67,8 @@ def as_text(rows: Sequence[Row], warnings: Sequence[str], failures: Sequence[Fai
     console.print()
     for line in _of_parts(rows):
         console.print(line)
-    for row in rows:
-        if row.synthetic is not None and row.synthetic.value is None and row.group == "all":
-            console.print(f"No value for {_titled(row)}: {row.synthetic.reason}.")
+    for line in _without_value(rows):
+        console.print(line)
     for warning in warnings:
         console.print(f"! {warning}")
     for failure in failures:
@@ -119,6 +118,13 @@ def _of_parts(rows: Sequence[Row]) -> Iterator[str]:
         yield f"{name}, {group} (n {max((row.synthetic.n for row in members if row.synthetic), default=0)}): {figures}."
 
 
+def _without_value(rows: Sequence[Row]) -> Iterator[str]:
+    """Why a figure of all images has no value, a line each."""
+    for row in rows:
+        if row.group == "all" and row.synthetic is not None and row.synthetic.value is None:
+            yield f"No value for {_titled(row)}: {row.synthetic.reason}."
+
+
 def as_markdown(rows: Sequence[Row], warnings: Sequence[str], failures: Sequence[Failure]) -> str:
     """The same as a document."""
     lines = ["# Scorecard", "", "Values with 95 % intervals; n counts images (synthetic / reference).", ""]
@@ -129,24 +135,26 @@ def as_markdown(rows: Sequence[Row], warnings: Sequence[str], failures: Sequence
         lines += [
             f"## {title}",
             "",
-            "| figure | synthetic | reference | difference | n | best |",
-            "|---|---|---|---|---|---|",
+            "| figure | synthetic | reference | reference is | difference | n | best |",
+            "|---|---|---|---|---|---|---|",
         ]
         for row in members:
             if row.group != "all":
                 continue
-            cells = [shown(e, row.unit) for e in (row.synthetic, row.reference, row.difference)]
-            lines.append(f"| {_titled(row)} | " + " | ".join([*cells, _counts(row), row.best]) + " |")
-        parts = list(_of_parts(members))
-        lines += ["", *(f"- {part}" for part in parts), ""] if parts else [""]
+            synthetic, reference, difference, *rest = _cells(row)
+            reference_is = "-" if row.reference is None else row.reference_is
+            cells = [_titled(row), synthetic, reference, reference_is, difference, *rest]
+            lines.append(f"| {' | '.join(map(inert, cells))} |")
+        told = [*_of_parts(members), *_without_value(members)]
+        lines += ["", *(f"- {inert(line)}" for line in told), ""] if told else [""]
     if warnings:
-        lines += ["## To be known", "", *(f"- {_inert(warning)}" for warning in warnings), ""]
+        lines += ["## To be known", "", *(f"- {inert(warning)}" for warning in warnings), ""]
     if failures:
-        lines += ["## Errors", "", *(f"- {_inert(f'{f.side} {f.file}: {f.message}')}" for f in failures), ""]
+        lines += ["## Errors", "", *(f"- {inert(f'{f.side} {f.file}: {f.message}')}" for f in failures), ""]
     return "\n".join(lines)
 
 
-def _inert(text: str) -> str:
+def inert(text: str) -> str:
     """Text of others that Markdown and HTML take as text."""
     return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("[", "\\[")
 

@@ -85,8 +85,14 @@ class Row:
         return cls(**parts)
 
 
-def conditioning_rows(covariate: str, groups: dict[str, Agreement], instrument: Agreement | None) -> list[Row]:
-    """How the covariate was obeyed in each group of images, beside the instrument's own error on real people."""
+def conditioning_rows(
+    covariate: str, groups: dict[str, Agreement], instrument: Agreement | None, *, recorded_is_measured: bool = False
+) -> list[Row]:
+    """How the covariate was obeyed in each group of images, beside the instrument alone on real people; what is
+    recorded of those may itself have been measured."""
+    own_error = "The instrument's own error is in it."
+    if instrument is not None and recorded_is_measured:
+        own_error = "What two measurements of one person differ by is in it."
     unit, name = unit_of(covariate), COVARIATE_TITLES.get(covariate, covariate)
     what = {
         "pearson_r": (
@@ -107,7 +113,7 @@ def conditioning_rows(covariate: str, groups: dict[str, Agreement], instrument: 
             "mean absolute error",
             unit,
             "the instrument's",
-            "How far a brain is from what was asked, on average. The instrument's own error on real people is in it.",
+            f"How far a brain is from what was asked, on average. {own_error}",
         ),
         "bias": ("bias", unit, "0", "Whether more (+) or less (-) is found than was asked, on average."),
     }
@@ -301,7 +307,7 @@ def region_rows(found: Morphometry) -> list[Row]:
 
 
 def volume_rows(covariate: str, synthetic: Sequence[float], real: Sequence[float] | None) -> list[Row]:
-    """Mean and spread of a measured volume in both sets, by the same instrument."""
+    """Mean and spread of a measured volume in both sets."""
     name, unit = COVARIATE_TITLES.get(covariate, covariate), unit_of(covariate)
     apart = None if real is None else difference_of_means(synthetic, real)
     return [

@@ -7,7 +7,7 @@ OUT/gate.tsv                    every image: keep or reject, and why
 OUT/regions.tsv                 every region's volumes in both sets, with Cohen's d
 OUT/suspects.tsv                brains nearer to a training image than anybody unseen, and to whose
 OUT/measured.jsonl              what the instrument found, by image hash: a rerun measures only what is new
-OUT/failures.tsv                images that could not be judged, and why (only where there are any)
+OUT/failures.tsv                images that could not be judged, or not in every way, and why (only where there are any)
 OUT/features/                   features of every image, by its hash: a rerun computes only what is new
 OUT/figures/                    middle slices, all in one grey scale
 OUT/learning_curves.json        of the training run, where one was named
@@ -35,7 +35,6 @@ from brainldm.evaluate import gradient_ssim, printed
 from brainldm.evaluate.caveats import caveats
 from brainldm.evaluate.curves import learning_curves
 from brainldm.evaluate.diversity import KERNEL, scale_weights
-from brainldm.evaluate.examine import Examination
 from brainldm.evaluate.features import FeatureSpace
 from brainldm.evaluate.images import Failure, ImageFolder, open_images
 from brainldm.evaluate.judge import Findings, Judge
@@ -49,7 +48,8 @@ OURS = {"scorecard.json", "measured.jsonl", "measured.tsv"}  # one of them is wh
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two folders: `planned` rows, `judged` images and `failed` ones, and what it says of itself.
+    """One of the two folders: `planned` rows, `judged` images and `failed` ones (those in failures.tsv: an image that
+    only an instrument failed in is judged too), and what it says of itself.
 
     `sampled` is less than the number of images where only a random part was looked at.
     """
@@ -103,6 +103,11 @@ class Scorecard:
         parts["failures"] = tuple(Failure(**failure) for failure in parts["failures"])
         return cls(**parts)
 
+    @property
+    def failed(self) -> int:
+        """How many images stand in failures.tsv."""
+        return self.synthetic.failed + (0 if self.real is None else self.real.failed)
+
     def row(self, key: str, group: str = "all") -> Row:
         """The row of that key; KeyError when there is none."""
         for row in self.rows:
@@ -129,6 +134,7 @@ def evaluate_dataset(
     predictors: Sequence[str | Path] = (),
     features: Sequence[str] = ("random",),
     volumes: tuple[str | Path | None, str | Path | None] | None = None,
+    show_made: bool = True,
     show_real: bool = True,
     held_out_only: bool = False,
     cache: Path | None = None,
@@ -142,8 +148,8 @@ def evaluate_dataset(
     out); the search for copies looks at every training image. `runs` is a training run whose curves go along;
     `predictors` are folders of trained predictors of age and sex; `features` name the spaces in which sets are compared
     (networks.space_named). `volumes` are tables of SynthSeg or FreeSurfer for the synthetic and the real images,
-    instead of `instrument`. What is found in single images is kept in `cache` (default: `out`), which several
-    evaluations may share, one after the other.
+    instead of `instrument`. `show_made` and `show_real` say of whom there are pictures. What is found in single images
+    is kept in `cache` (default: `out`), which several evaluations may share, one after the other.
 
     Images that cannot be judged are listed in failures.tsv (and in `.failures`) and the rest is judged; BadInput when
     there is nothing to judge.
@@ -176,7 +182,7 @@ def evaluate_dataset(
         held_out_only,
     )
     with locked_folder(out), kept_processes():
-        found = judge.run(show_real=show_real)
+        found = judge.run(shown=[side for side, shows in (("synthetic", show_made), ("real", show_real)) if shows])
         card = _scorecard(judge, found)
         if curves is not None:
             write_json(out / "learning_curves.json", curves)
@@ -192,7 +198,9 @@ def _scorecard(judge: Judge, found: Findings) -> Scorecard:
             "voxel_mm": [round(float(v), 4) for v in found.grid.voxel_mm],
             "rule": "the coarser of the two folders' most common grids",
         },
-        "instrument": found.instrument,
+        "instrument": found.instruments["synthetic"],
+        "instruments": dict(found.instruments),
+        "recorded_volumes_were_measured": judge.people is not None and judge.people.volumes_were_measured,
         "predictors": {name: predictor.name for name, predictor in judge.predictors.items()},
         "features": [space.name for space in judge.spaces],
         "pairs": judge.pairs,
@@ -220,8 +228,8 @@ def _scorecard(judge: Judge, found: Findings) -> Scorecard:
         "scipy": scipy.__version__,
     }
     return Scorecard(
-        _side(judge.made, judge.out, len(judge.made.images), found.synthetic),
-        None if judge.people is None else _side(judge.people, judge.out, found.sampled, found.real),
+        _side("synthetic", judge.made, judge.out, len(judge.made.images), found),
+        None if judge.people is None else _side("real", judge.people, judge.out, found.sampled, found),
         judge.seed,
         settings,
         found.rows,
@@ -232,15 +240,16 @@ def _scorecard(judge: Judge, found: Findings) -> Scorecard:
     )
 
 
-def _side(folder: ImageFolder, out: Path, sampled: int, found: Examination) -> Side:
+def _side(side: str, folder: ImageFolder, out: Path, sampled: int, found: Findings) -> Side:
+    judged = found.synthetic if side == "synthetic" else found.real
     return Side(
         folder.folder.resolve().name,
         os.path.relpath(folder.folder.resolve(), out.resolve()),
         folder.kind,
         folder.planned,
         sampled,
-        len(found.images),
-        len(folder.failures) + len(found.failures),
+        len(judged.images),
+        len({failure.file for failure in found.failures if failure.side == side}),
         len(folder.training),
         len(folder.held_out),
         dict(folder.provenance),

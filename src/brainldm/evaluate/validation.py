@@ -93,7 +93,7 @@ ALTERATIONS: Mapping[str, Alteration] = {
 @dataclass(frozen=True)
 class Planted:
     """What the search found among planted copies and innocent people. `false_positive_rate` is what it states: how
-    often an innocent person is nearer to the training than everybody held out."""
+    often an innocent person is nearer to the training than everybody whom the reference is of (`reference_is`)."""
 
     space: str
     training: int
@@ -101,31 +101,33 @@ class Planted:
     found: Mapping[str, Estimate]  # by kind of copy
     accused: Estimate  # innocent people named
     false_positive_rate: float
+    reference_is: str
 
 
 @dataclass(frozen=True)
 class Validation:
-    """`nearer[space][alteration]` is the share of people whose altered image is nearer to their own than to others.
-    `failures` are the images that could not be judged."""
+    """`nearer[space][alteration]` is the share of people whose altered image is nearer to their own than to others;
+    spaces are known by their names, and `titles` are for people. `failures` are the images that could not be judged."""
 
     people: int
     seed: int
     nearer: Mapping[str, Mapping[str, Estimate]]
     planted: tuple[Planted, ...]
     real_against_real: Scorecard
+    titles: Mapping[str, str]
     failures: tuple[Failure, ...] = ()
 
     def as_text(self) -> str:
         lines = [f"x {failure.file}: {failure.message}" for failure in self.failures]
         lines.append(f"{self.people} people. Altered a little, nearer to oneself than to anybody else:")
         for space, kinds in self.nearer.items():
-            lines.append(f"  {space}: " + ", ".join(f"{kind} {_told(e)}" for kind, e in kinds.items()))
+            lines.append(f"  {self.titles[space]}: " + ", ".join(f"{kind} {_told(e)}" for kind, e in kinds.items()))
         lines.append("Planted copies found, and innocent people accused:")
         for planted in self.planted:
             found = ", ".join(f"{kind} {_told(e)}" for kind, e in planted.found.items())
             lines.append(
-                f"  {planted.space}: {found}; accused {_told(planted.accused)} "
-                f"(stated rate {planted.false_positive_rate:.1%}, {planted.held_out} held out)"
+                f"  {self.titles[planted.space]}: {found}; accused {_told(planted.accused)} (stated rate "
+                f"{planted.false_positive_rate:.1%}, by {planted.reference_is}; {planted.held_out} held out)"
             )
         lines.append("Real against real, as if one half were synthetic:")
         return "\n".join(lines) + "\n" + self.real_against_real.as_text()
@@ -175,10 +177,11 @@ def validate(
         halves = out / "real_against_real"
         card = _real_against_real(people, looks, halves, features, instrument, pairs, seed, workers, progress)
         failures = (*people.failures, *found.failures)
-        validation = Validation(len(looks), seed, nearer, planted, card, failures)
+        titles = {VOXELS: VOXELS} | {space.name: space.title for space in spaces}
+        validation = Validation(len(looks), seed, nearer, planted, card, titles, failures)
         settings = {"noise": NOISE, "coarser": COARSER, "warp_mm": WARP_MM, "warp_smoothness_mm": WARP_SMOOTHNESS_MM}
         content: dict[str, Any] = {"grid": grid.describe(), "alterations": settings}
-        content |= {"people": validation.people, "seed": seed}
+        content |= {"people": validation.people, "seed": seed, "spaces": titles}
         content |= {"nearer": {s: {k: asdict(e) for k, e in kinds.items()} for s, kinds in nearer.items()}}
         content |= {"planted": [asdict(one) for one in planted]}
         content |= {"failures": [asdict(failure) for failure in failures]}
@@ -204,7 +207,7 @@ def _altered(
     workers: int,
     progress: Progress,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """By space and alteration: (n, 2, F) features of every person's altered image, as it is and mirrored."""
+    """By the space's name and alteration: (n, 2, F) features of every person's altered image, as it is and mirrored."""
     mask = brain_mask([look.sketch for look in looks if look.sketch is not None])
     work = partial(_alter_one, grid=grid, spaces=tuple(spaces), mask=mask, seed=seed)
     rows: dict[int, dict[str, dict[str, np.ndarray]]] = {}
@@ -225,12 +228,12 @@ def _alter_one(
 ) -> dict[str, dict[str, np.ndarray]]:
     number, image = numbered
     original_XYZ = read_for_judging(image, grid)
-    found: dict[str, dict[str, np.ndarray]] = {name: {} for name in (VOXELS, *(space.title for space in spaces))}
+    found: dict[str, dict[str, np.ndarray]] = {name: {} for name in (VOXELS, *(space.name for space in spaces))}
     for kind, alter in ALTERATIONS.items():
         image_XYZ = alter(original_XYZ, grid, stream(seed, f"evaluate/alter/{kind}", number)).astype(np.float32)
         found[VOXELS][kind] = voxel_features([sketch_of(image_XYZ, grid)], mask)[0]
         for space in spaces:
-            found[space.title][kind] = np.stack([space(image_XYZ), space(image_XYZ[::-1])])
+            found[space.name][kind] = np.stack([space(image_XYZ), space(image_XYZ[::-1])])
     return found
 
 
@@ -263,7 +266,9 @@ def _planted(space: str, altered: Mapping[str, np.ndarray], seed: int) -> Plante
         counts[kind] = share(int(named[start : start + len(trained)].sum()), len(trained))
         start += len(trained)
     accused = share(int(named[: len(innocent)].sum()), len(innocent))
-    return Planted(space, len(trained), len(unseen), counts, accused, 1 / (len(unseen) + 1))
+    by_chance = found.nearer_by_chance.value
+    assert by_chance is not None, f"{MIN_PEOPLE} people leave somebody to compare with"
+    return Planted(space, len(trained), len(unseen), counts, accused, by_chance, found.reference_is)
 
 
 # ---------------------------------------------------------------------------------------------------- real against real
@@ -297,5 +302,7 @@ def _real_against_real(
         pairs=pairs,
         seed=seed,
         workers=workers,
+        show_made=False,  # nobody here was made: their pictures would be those of people, tied to their rows
+        show_real=False,
         progress=progress,
     )

@@ -92,7 +92,7 @@ def settings_facts(out: Path, n: int, pairs: int, seed: int, parts: CardParts, j
         "guidance": made.get("guidance", 1),
         "instrument": judged.settings["instrument"],
         "held_out": 0 if judged.real is None else judged.real.sampled,
-        "not_judged": len(judged.failures),
+        "not_judged": judged.failed,
         "predictors": {
             name: {"name": predictor.name, "held_out": dict(predictor.training).get("held_out")}
             for name, predictor in parts.predictors.items()

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 
+from brainldm.base.counts import counted
 from brainldm.base.covariates import VOLUMES
 from brainldm.cohort.phantom_bids import MNI_NOTICE
 from brainldm.model.response import own_slopes
-from brainldm.recipes.card_figures import BOUNDS, Bounds, lies_within, sex_bounds
+from brainldm.recipes.card_figures import MISSED, NOT_JUDGED, UNCERTAIN
 
 # Key of results.json, what it is, decimals.
 _LINES = (
@@ -26,8 +27,6 @@ _LINES = (
     ("reconstruction.ssim", "Reconstruction of held-out phantoms: SSIM", 3),
     ("extrapolation", "Figure 4: share of noises with monotone ventricles", 2),
 )
-
-_MISSED, _NOT_JUDGED = "**missed**", "not judged"
 
 _TEMPLATE = """\
 # {{ name }}
@@ -53,9 +52,10 @@ whom that one had seen is not looked into here.{% endif %}
 | | found | target | | held-out phantoms | the paper, on UK Biobank |
 |---|---|---|---|---|---|
 {% for line in lines -%}
-| {{ line.what }} | {{ line.found }} | {{ line.target }} | {{ line.met }} | {{ line.alone }} | {{ line.paper }} |
+| {{ line.what }} | {{ line.found }} | {{ line.target }} | {{ line.verdict|replace("missed", "**missed**") }} \
+| {{ line.alone }} | {{ line.paper }} |
 {% endfor %}
-{{ missed }}
+{{ together }}
 
 {{ remarks }}
 - MS-SSIM between generated brains: {{ synthetic }}; between held-out phantoms: {{ real }}.
@@ -65,10 +65,9 @@ whom that one had seen is not looked into here.{% endif %}
 - Brains that a gate rejects as unlike the held-out phantoms, as a share: {{ rejected }}.
   It is designed to reject {{ by_design }} of held-out phantoms. (`generate --gate` compares with the training people.)
 {% for warning in warnings %}- {{ warning }}
-{% endfor -%}
-
-![Beyond what training covered](extrapolation.png)
-
+{% endfor %}{% if picture %}
+![Beyond what training covered]({{ picture }})
+{% endif %}
 ## What it is
 
 | | |
@@ -126,10 +125,11 @@ def card_text(results: Mapping[str, Any]) -> str:
             called=model["shipped_as"] or "MODEL",
             shape=" x ".join(map(str, grid["shape_XYZ"])),
             voxel=f"{grid['voxel_mm']:g}",
+            picture=results["extrapolation"]["picture"],
             shown=min(12, results["settings"]["brains"]),
             lines=lines,
             remarks="\n".join(_bullet(remark) for remark in _remarks(results)),
-            missed=_told_together(lines),
+            together=_told_together(lines),
             synthetic=_value(results["ms_ssim"]["synthetic"], 3),
             real=_value(results["ms_ssim"]["held_out"], 3),
             in_head=_value(results["reconstruction"]["in_head"], 1),
@@ -157,39 +157,29 @@ def _line(results: Mapping[str, Any], key: str, what: str, decimals: int) -> dic
     name, _, part = key.partition(".")
     whole = results[name]
     entry = whole[part] if part else whole
-    bounds = sex_bounds(whole["alone"]["value"]) if key == "sex" else BOUNDS[key]
     return {
         "what": what,
         "found": _value(entry, decimals),
-        "target": whole["target"] if key in ("sex", "extrapolation") else _told(*bounds),
-        "met": _verdict(entry, bounds) if entry.get("marked", True) else _MISSED,
+        "target": entry["target"],
+        "verdict": entry["verdict"],
         "alone": _value(entry["alone"], decimals) if "alone" in entry else "",
         "paper": "" if part else _paper(whole.get("paper")),
     }
 
 
+def card_lines(results: Mapping[str, Any]) -> list[str]:
+    """The figures that have a target, for a terminal: the same lines as the card's table."""
+    lines = [_line(results, *line) for line in _LINES]
+    return [f"{line['what']}: {line['found']}, {line['target']}: {line['verdict']}" for line in lines]
+
+
 def _told_together(lines: Sequence[Mapping[str, str]]) -> str:
-    """Which targets are missed, and which nobody judged."""
+    """Which targets are not met for certain."""
     sentences = []
-    for told, verdict in (("Missed", _MISSED), ("Not judged", _NOT_JUDGED)):
-        if which := [line["what"] for line in lines if line["met"] == verdict]:
-            sentences.append(f"{told}: {'; '.join(which)}.")
+    for verdict in (MISSED, UNCERTAIN, NOT_JUDGED):
+        if which := [line["what"] for line in lines if line["verdict"] == verdict]:
+            sentences.append(f"{verdict.capitalize()}: {'; '.join(which)}.")
     return " ".join(sentences) or "Every target is met."
-
-
-def _told(least: float | None, most: float | None) -> str:
-    if least is not None and most is not None:
-        return f"{least:g} to {most:g}"
-    return f"at least {least:g}" if least is not None else f"at most {most:g}"
-
-
-def _verdict(entry: Mapping[str, Any], bounds: Bounds) -> str:
-    """Whether a figure lies between the bounds, and whether its interval does."""
-    if entry["value"] is None:
-        return _NOT_JUDGED
-    if not lies_within(entry["value"], bounds):
-        return _MISSED
-    return "met" if all(lies_within(end, bounds) for end in entry["interval_95"] or ()) else "uncertain"
 
 
 def _remarks(results: Mapping[str, Any]) -> list[str]:
@@ -204,6 +194,12 @@ def _remarks(results: Mapping[str, Any]) -> list[str]:
         + ". What is asked of the model is what the instrument reads, not what a phantom has.",
         '"Uncertain" is met by the figure, and not by all of its interval.',
     ]
+    for count, what in (
+        (settings["not_made"], "could not be made"),
+        (settings["not_judged"], "could not be judged, or not in every way"),
+    ):
+        if count:
+            told.append(f"{counted(count, 'image')} {what}: the figures are of the others.")
     beyond = "; ".join(_beyond(results["extrapolation"]["noises"], name) for name in VOLUMES)
     return [*told, f"Asked beyond training, brains show on average (mL) {beyond}."]
 

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 import brainldm
-from brainldm.base.errors import UsageError
+from brainldm.base.counts import counted
+from brainldm.base.errors import PartialFailure, UsageError
 from brainldm.base.files import check_output_apart, locked_folder, write_json, write_text
 from brainldm.base.manifest import Manifest
 from brainldm.base.progress import Progress, Quiet
@@ -38,7 +39,7 @@ from brainldm.recipes.card_figures import (
     reconstruction_figures,
 )
 from brainldm.recipes.card_parts import open_parts
-from brainldm.recipes.card_text import card_text
+from brainldm.recipes.card_text import card_lines, card_text
 from brainldm.recipes.mosaic import draw_mosaic
 from brainldm.recipes.reconstruction import reconstructions
 from brainldm.recipes.timed_brains import make_brains
@@ -69,7 +70,8 @@ def make_card(
 
     Without a predictor the card says that its covariate was not judged. `phantoms` is the study that `cohort` was
     prepared from; `instrument` finds volumes, by default without trained weights. UsageError or BadInput, before the
-    first brain, where the parts do not belong together.
+    first brain, where the parts do not belong together; PartialFailure, after all is written, where images could not be
+    made or judged.
     """
     if min(n, reconstructed, pairs) < 1:
         raise UsageError(
@@ -114,17 +116,18 @@ def make_card(
         )
         say("4/4 extrapolate, and draw")
         beyond = extrapolation_figures(parts.model, out / "figure4", instrument, seed, workers, progress)
+        figure_4 = next(iter(sorted((out / "figure4").glob("noise-*/figure.png"))), None)
         results: dict[str, Any] = {
             "schema": SCHEMA,
             "schema_version": SCHEMA_VERSION,
             "model": model_facts(parts),
             "training": training_facts(parts.loaded.description.training),
-            "settings": settings_facts(out, n, pairs, seed, parts, judged),
+            "settings": settings_facts(out, n, pairs, seed, parts, judged) | {"not_made": speed["not_made"]},
             "speed": speed,
             **judged_figures(judged, seed),
             "instrument": instrument_figures(parts.people, parts.study, seed),
             "reconstruction": reconstruction_figures(kept, seed),
-            "extrapolation": beyond,
+            "extrapolation": beyond | {"picture": None if figure_4 is None else "extrapolation.png"},
             "warnings": list(judged.warnings),
             "commands": commands(parts, cohort, n, reconstructed, pairs, seed),
             "software": {"brainldm": brainldm.__version__, "torch": torch.__version__, "numpy": np.__version__},
@@ -135,8 +138,16 @@ def make_card(
             "generated brains": [out / "brains" / made[index]["file"] for index in sorted(made)],
         }
         draw_mosaic(sides, out / "mosaic.png")
-        for figure in sorted((out / "figure4").glob("noise-*/figure.png"))[:1]:
-            shutil.copyfile(figure, out / "extrapolation.png")
+        if figure_4 is not None:
+            shutil.copyfile(figure_4, out / "extrapolation.png")
         write_text(out / "README.md", card_text(results))
         write_json(out / "results.json", results)  # last: it says that the card is whole
+    for line in card_lines(results):
+        say(line)
+    if judged.failures or speed["not_made"]:
+        raise PartialFailure(
+            f"{counted(judged.failed + speed['not_made'], 'image')} could not be made or judged, or not in every way.",
+            remedy="The card is of the others; failures.tsv in brains/ and judged/ says why.",
+            path=out,
+        )
     return results

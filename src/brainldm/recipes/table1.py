@@ -6,7 +6,8 @@ OUT/judged/      a scorecard a way; cache/ holds what was found in each image, b
 OUT/figures/     figure 1 to 4
 OUT/table1.json  table1.md
 
-Everything is gone on with when the same command is given again.
+Everything is gone on with when the same command is given again. Brains that cannot be made or judged are counted in the
+table, and PartialFailure is raised after all is written.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import brainldm
-from brainldm.base.errors import UsageError
+from brainldm.base.counts import counted
+from brainldm.base.errors import PartialFailure, UsageError
 from brainldm.base.files import atomic_path, check_output_apart, make_folder, read_json, write_json, write_text
 from brainldm.base.nifti import read_nifti
 from brainldm.base.progress import Progress, Quiet
@@ -120,11 +122,14 @@ def make_table1(
         else _train(name, cohort, out / "models" / name, recipe, minutes, seed, progress, say)
         for name in ("ldm", "lsgan", "vaegan", "age", "sex")
     }
-    timings, cards = {}, {}
+    timings, cards = dict[str, dict[str, Any]](), dict[str, dict[str, Any]]()
     unseen = sum(row.split in HELD_OUT for row in prepared.people)
     for way in ways:
         say(f"{way.title}: {n} brains")
         timings[way.name] = _generate(way, trained, out / "brains" / way.name, n, seed, progress, say)
+        if timings[way.name]["not_made"] == n:
+            say(f"{way.title}: not one brain could be made, so that there is nothing to judge")
+            continue
         cards[way.name] = evaluate_dataset(
             out / "brains" / way.name,
             cohort,
@@ -139,11 +144,20 @@ def make_table1(
             held_out_only=unseen >= FEWEST_REAL,
             progress=progress,
         ).to_json()
+    if not cards:
+        raise PartialFailure("not one brain could be made in any way.", remedy="Train the models longer.", path=out)
     table = _table(ways, cards, timings, n, pairs, seed, trained)
     write_json(out / "table1.json", table)
     write_text(out / "table1.md", as_markdown(table))
     say("figures 1 to 4")
-    _figures(ways, cohort, out, trained, seed, progress)
+    failed = _failed(table) + _figures(ways, cohort, out, trained, seed, progress)
+    say(as_markdown(table))
+    if failed:
+        raise PartialFailure(
+            f"{'; '.join(failed)}.",
+            remedy="The table is of the others; failures.tsv in the folders of brains/, judged/ and figures/ says why.",
+            path=out,
+        )
     return table
 
 
@@ -298,19 +312,29 @@ def _table(
         }
 
     training = {name: read_description(trained[name]).training for name in ("ldm", "lsgan", "vaegan")}
-    lines: list[dict[str, Any]] = [
-        {
+
+    def of_way(way: Way) -> dict[str, Any]:
+        """The way's line; without figures where not one brain could be made."""
+        timing, card = timings[way.name], cards.get(way.name)
+        line = {
             "way": way.name,
             "title": way.title,
-            "seconds_an_image": timings[way.name]["seconds_a_brain"],
-            "device": timings[way.name]["machine"]["device"],
-            "figures": found(cards[way.name], "synthetic"),
-            "scorecard": all_found(cards[way.name]),
+            "seconds_an_image": timing["seconds_a_brain"],
+            "device": timing["machine"]["device"],
+            "not_made": timing["not_made"],
         }
-        for way in ways
-    ]
-    real = found(first, "reference")
-    lines.append({"way": "real", "title": REAL, "seconds_an_image": None, "device": None, "figures": real})
+        if card is None:
+            return line | {"judged": 0, "failures": {}, "warnings": [], "figures": {}, "scorecard": {}}
+        return line | {
+            "judged": card["synthetic"]["judged"],
+            "failures": {side: card[side]["failed"] for side in ("synthetic", "real")},
+            "warnings": list(card["warnings"]),
+            "figures": found(card, "synthetic"),
+            "scorecard": all_found(card),
+        }
+
+    real = {"way": "real", "title": REAL, "seconds_an_image": None, "device": None, "judged": first["real"]["judged"]}
+    lines = [*map(of_way, ways), real | {"figures": found(first, "reference")}]
     return {
         "software": {"brainldm": brainldm.__version__},
         "n": n,
@@ -331,8 +355,21 @@ def _minutes(training: Mapping[str, Any]) -> float | None:
     return sum(facts["seconds"] for facts in stages) / 60 if stages else None
 
 
+def _failed(table: Mapping[str, Any]) -> list[str]:
+    """What could not be made or judged, a phrase each."""
+    told, of_real = [], 0
+    for line in table["lines"][:-1]:
+        if line["not_made"]:
+            told.append(f"{line['title']}: {line['not_made']} of {counted(table['n'], 'brain')} could not be made")
+        if count := line["failures"].get("synthetic"):
+            told.append(f"{line['title']}: {counted(count, 'brain')} could not be judged, or not in every way")
+        of_real = max(of_real, line["failures"].get("real", 0))
+    return [*told, f"{counted(of_real, 'real image')} could not be judged, or not in every way"] if of_real else told
+
+
 def as_markdown(table: Mapping[str, Any]) -> str:
-    """The table, a line a way, values with their 95 % intervals."""
+    """The table, a line a way, values with their 95 % intervals; below it how many images each is of, what failed, and
+    what is to be known of all."""
     headings = ["", *table["columns"], "s / image"]
     lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
     decimals = {heading: places for _, heading, places in _COLUMNS}
@@ -345,7 +382,13 @@ def as_markdown(table: Mapping[str, Any]) -> str:
         timed = "" if line["seconds_an_image"] is None else f"{line['seconds_an_image']:.3g}"
         cells.append(f"{timed} ({line['device']})" if timed and len(devices) > 1 else timed)
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    from brainldm.evaluate.printed import inert
+
+    judged = ", ".join(f"{line['title']} {line['judged']}" for line in table["lines"])
+    lines += ["", f"Images judged: {judged}. " + "".join(f"{failed}. " for failed in _failed(table)), ""]
+    first, *others = [line["warnings"] for line in table["lines"][:-1] if line["judged"]]
+    lines += [f"- {inert(warning)}" for warning in first if all(warning in said for said in others)]
+    return "\n".join(line.rstrip() for line in lines).rstrip("\n") + "\n"
 
 
 def _cell(estimate: Mapping[str, Any] | None, places: int) -> str:
@@ -362,14 +405,19 @@ def _cell(estimate: Mapping[str, Any] | None, places: int) -> str:
 
 def _figures(
     ways: Sequence[Way], cohort: Path, out: Path, trained: Mapping[str, Path], seed: int, progress: Progress
-) -> None:
-    from brainldm.cohort.predictor import read_predictor
+) -> list[str]:
+    """Draws all four; returns which lack brains that could not be made, a phrase each."""
     from brainldm.recipes.figures import make_figure
 
     _figure_1(ways, cohort, out)
+    failed = []
     for number in (2, 4):
-        make_figure(number, trained["ldm"], out / "figures" / f"figure{number}", seed=seed, progress=progress)
-    _figure_3(out, read_predictor(trained["age"]).name)
+        try:
+            make_figure(number, trained["ldm"], out / "figures" / f"figure{number}", seed=seed, progress=progress)
+        except PartialFailure as failure:  # the figure is drawn all the same
+            failed.append(f"figure {number}: {failure.message.rstrip('.')}")
+    _figure_3(out)
+    return failed
 
 
 def _figure_1(ways: Sequence[Way], cohort: Path, out: Path, people: int = 3) -> None:
@@ -400,34 +448,30 @@ def _figure_1(ways: Sequence[Way], cohort: Path, out: Path, people: int = 3) -> 
     _save(figure, out / "figures" / "figure1.png")
 
 
-def _figure_3(out: Path, predictor: str) -> None:
-    """Figure 3: asked against measured ventricles, and asked age against what `predictor` says, of LDM with DDIM."""
+def _figure_3(out: Path) -> None:
+    """Figure 3: asked against measured ventricles, and asked age against what the predictor says, of LDM with DDIM."""
     from matplotlib.figure import Figure
 
-    from brainldm.base.manifest import Manifest
     from brainldm.evaluate.conditioning import agreement
 
-    people = read_table(out / "judged" / "ldm_ddim" / "measured.tsv")
-    predicted = {
-        record["sha256"]: record["values"]["age_years"]
-        for record in Manifest(out / "judged" / "cache" / "measured.jsonl").records()
-        if record["instrument"] == predictor
-    }
-    asked_age = [people.number(row, "age_years_asked") for row in range(len(people))]
-    found_age = [predicted.get(cells["sha256"]) for cells in people.rows]
-    millilitres = [
-        [
-            None if volume_mm3 is None else volume_mm3 / 1000
-            for row in range(len(people))
-            for volume_mm3 in (people.number(row, f"ventricles_mm3_{kind}"),)
-        ]
-        for kind in ("asked", "measured")
-    ]
+    judged = out / "judged" / "ldm_ddim" / "measured.tsv"
+    if not judged.is_file():  # not one of those brains could be made
+        return
+    people = read_table(judged)
+
+    def column(name: str, factor: float = 1.0) -> list[float | None]:
+        known = name in people.columns  # nothing was found in any image otherwise
+        values = [people.number(row, name) if known else None for row in range(len(people))]
+        return [None if value is None else factor * value for value in values]
+
+    panels = (
+        ("ventricles_mm3", 1e-3, "ventricular volume, mL"),
+        ("age_years", 1.0, "age, years"),
+    )
     figure = Figure(figsize=(9, 4.4), layout="constrained")
     axes = figure.subplots(1, 2)
-    for ax, (x, y, label) in zip(
-        axes, ((*millilitres, "ventricular volume, mL"), (asked_age, found_age, "age, years"))
-    ):
+    for ax, (covariate, factor, label) in zip(axes, panels):
+        x, y = (column(f"{covariate}_{kind}", factor) for kind in ("asked", "measured"))
         pairs = np.array([(a, b) for a, b in zip(x, y) if a is not None and b is not None], dtype=float)
         if len(pairs):
             ax.plot(pairs[:, 0], pairs[:, 1], "o", ms=4, alpha=0.7)

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from brainldm.base.errors import PartialFailure
 from brainldm.base.files import read_json, write_json
+from brainldm.base.manifest import Manifest
 from brainldm.base.progress import Progress
 from brainldm.generate.plan import PlanRow
 from brainldm.generate.run import RECORD_NAME, GenerateSettings, generate
@@ -30,12 +32,16 @@ def make_brains(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Makes what is missing of the dataset `out`; returns how long a brain took on average, and on what, over the runs
-    that made some, which the file `timing` adds up. A run that was killed is not timed: no seconds where none was."""
+    that made some, which the file `timing` adds up. A run that was killed is not timed: no seconds where none was.
+
+    Brains that cannot be made are counted in `not_made`: they never will be, and the others are there to be judged.
+    """
     ready = start(model, rows, settings, may_shrink_batch=True, begun=out, say=say)
     loaded = ready.load()
-    begun = time.monotonic()
-    made = generate(loaded, out, rows, ready.settings, progress=progress).made
-    spent = time.monotonic() - begun
+    begun, before = time.monotonic(), _brains_in(out)
+    with contextlib.suppress(PartialFailure):
+        generate(loaded, out, rows, ready.settings, progress=progress)
+    made, spent = _brains_in(out) - before, time.monotonic() - begun
     machine = {
         "device": device_name(ready.device),
         "processor": _processor(),
@@ -50,10 +56,15 @@ def make_brains(
     return {
         "seconds_a_brain": timed["seconds"] / timed["brains"] if timed["brains"] else None,
         "brains_timed": timed["brains"],
+        "not_made": len(rows) - _brains_in(out),
         "batch": recorded["batch"],
         "precision": recorded["precision"],
         "machine": timed["machine"],
     }
+
+
+def _brains_in(dataset: Path) -> int:
+    return len(Manifest(dataset / "manifest.jsonl").proven(dataset))
 
 
 def _processor() -> str:

@@ -49,13 +49,12 @@ def render(results: Results) -> str:
     )
     environment.filters["covariate"] = words.covariate
     environment.filters["estimate"] = words.estimate
-    people = "phantoms" if results.phantoms else "real people"
     panels = [
         panel
         for name in ("ventricles_mm3", "brain_mm3", "age_years")
         if (
             panel := scatter_panel(
-                results.brains, results.real_points.get(name, ()), name, words.COVARIATES_SHOWN[name], people
+                results.brains, results.real_points.get(name, ()), name, words.COVARIATES_SHOWN[name], results.people
             )
         )
     ]
@@ -71,6 +70,7 @@ def render(results: Results) -> str:
         real_mosaic=results.real_pictures[:MAX_MOSAIC_REAL],
         sweep=find_sweep(results.brains),
         scatter=[draw_scatter(panel) for panel in panels],
+        crosses=_crosses(results) if any(panel.real for panel in panels) else "",
         curves=draw_curves(results.curves),
         measured_names=measured,
         shown=words.COVARIATES_SHOWN,
@@ -104,7 +104,13 @@ def _generation(results: Results) -> Mapping[str, Any]:
 def _title(results: Results) -> str:
     if not results.scorecard:
         return f"{len(results.brains)} synthetic brains"
-    return f"{results.scorecard['synthetic']['judged']} synthetic brains, judged"
+    brains = "synthetic brains" if _is_synthetic(results) else "brain images"
+    return f"{results.scorecard['synthetic']['judged']} {brains}, judged"
+
+
+def _is_synthetic(results: Results) -> bool:
+    """Whether the folder that was judged says itself that its images were made: any images can be judged."""
+    return not results.scorecard or results.scorecard["synthetic"]["kind"] == "synthetic"
 
 
 def _summary(results: Results) -> str:
@@ -112,7 +118,8 @@ def _summary(results: Results) -> str:
     generation, card = _generation(results), results.scorecard
     model = generation.get("model", {})
     n = len(results.brains)
-    made = f"{n} synthetic T1-weighted brain image{'s' * (n != 1)}"
+    synthetic = _is_synthetic(results)
+    made = f"{n} {'synthetic ' if synthetic else ''}T1-weighted brain image{'s' * (n != 1)}"
     if model.get("name"):
         made += f", made by the model “{model['name']}”"
         if model.get("training_images") is not None:
@@ -123,14 +130,50 @@ def _summary(results: Results) -> str:
             steps = generation.get("steps")
             made += f" with {str(generation['sampler']).upper()}{f' in {steps} steps' if steps else ''}"
             made += f" from seed {generation.get('seed')}"
-    text = f"{made}. No person was scanned for them."
+    if synthetic:
+        text = f"{made}. No person was scanned for them."
+    else:
+        text = f"{made}, judged as if they were synthetic: their folder does not say that they are."
     if not card:
         return f"{text} They have not been judged yet: “brainldm evaluate” measures what is in them."
     if card.get("real"):
         real = card["real"]
-        kind = "phantoms (made-up people with known anatomy)" if results.phantoms else "real people"
+        kind = f"{results.people} (made-up people with known anatomy)" if results.phantoms else results.people
         text += f" They are compared with {real['judged']} {kind} of “{real['folder']}”."
-    return f"{text} One instrument, “{card['settings']['instrument']}”, measured the volumes of both."
+    return f"{text} {_measured_by(card['settings'])}"
+
+
+def _measured_by(settings: Mapping[str, Any]) -> str:
+    """Whose the volumes are; a scorecard of an earlier version names one instrument alone."""
+    by = settings.get("instruments", {"synthetic": settings["instrument"]})
+    if len(by) == 1:
+        return f"Their volumes are those of “{by['synthetic']}”."
+    if by["synthetic"] == by["real"]:
+        return f"One instrument, “{by['real']}”, measured the volumes of both."
+    return f"Their volumes are those of “{by['synthetic']}”, of the others those of “{by['real']}”."
+
+
+def _recorded_is_measured(results: Results) -> bool:
+    """Whether the volumes recorded of the reference people were found by an instrument too."""
+    return bool(results.scorecard["settings"].get("recorded_volumes_were_measured"))
+
+
+def _crosses(results: Results) -> str:
+    """What the reference people show beside the brains."""
+    apart = "the instrument’s own error"
+    if _recorded_is_measured(results):
+        apart = "how far two measurements of one person lie apart (for age, the predictor’s own error)"
+    return f"Crosses are {results.people}: how far they lie from the line is {apart}."
+
+
+def _lead(section: str, results: Results) -> str:
+    """What a section of the scorecard is about."""
+    lead = words.SECTIONS[section][1]
+    if section != "conditioning" or not results.scorecard.get("real"):
+        return lead
+    no_truth = "; volumes were measured there too and are no truth" if _recorded_is_measured(results) else ""
+    found = f"what it finds in {results.people} against what is recorded of them{no_truth}"
+    return f"{lead} The reference is the instrument alone: {found}."
 
 
 def _row(results: Results, key: str) -> Mapping[str, Any] | None:
@@ -163,7 +206,7 @@ def _tiles(results: Results) -> Iterator[dict[str, str]]:
 
 def _sections(results: Results) -> Iterator[dict[str, Any]]:
     """The scorecard: each section's rows of all images, and those of parts of them, a line a covariate and part."""
-    for section, (title, lead) in words.SECTIONS.items():
+    for section, (title, _) in words.SECTIONS.items():
         rows = [row for row in results.scorecard.get("rows", ()) if row["section"] == section]
         if not rows:
             continue
@@ -179,7 +222,7 @@ def _sections(results: Results) -> Iterator[dict[str, Any]]:
             said.add(row["meaning"])
         yield {
             "title": title,
-            "lead": lead,
+            "lead": _lead(section, results),
             "rows": shown,
             "parts": [{"covariate": name, "group": group, "rows": found} for (name, group), found in parts.items()],
         }

@@ -63,6 +63,16 @@ class Results:
         """Whether the reference people are made up."""
         return are_phantoms((self.scorecard.get("real") or {}).get("provenance", {}))
 
+    @property
+    def people(self) -> str:
+        """What the reference people are called."""
+        return "phantoms" if self.phantoms else "real people"
+
+    @property
+    def failed(self) -> int:
+        """How many images stand among the failures, which may name one several times."""
+        return len({(failure["side"], failure["file"]) for failure in self.failures})
+
 
 def read_results(folder: Path) -> Results:
     """The results in `folder`; BadInput when it is neither an evaluation nor a synthetic dataset."""

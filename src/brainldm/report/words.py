@@ -27,8 +27,7 @@ COVARIATES_SHOWN = {
 SECTIONS = {
     "conditioning": (
         "Does it obey?",
-        "What was asked of each brain against what is found in its image. The reference is the instrument alone: what "
-        "it finds in real people against what is recorded of them.",
+        "What was asked of each brain against what is found in its image.",
     ),
     "diversity": ("Is it diverse?", "How alike two brains of the set are, beside how alike two real ones are."),
     "distribution": ("Is it real?", "The synthetic brains as a set, beside the real ones as a set."),
