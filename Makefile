@@ -15,9 +15,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	touch $@
 
-# Until a model is shipped (src/brainldm/shipped/demo), the demo trains one.
 demo: $(STAMP)
-	$(BIN)/brainldm demo demo $(if $(wildcard src/brainldm/shipped/demo/model.json),,--train)
+	$(BIN)/brainldm demo demo
 
 demo-train: $(STAMP)
 	$(BIN)/brainldm demo demo-train --train
