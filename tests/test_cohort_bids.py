@@ -368,7 +368,7 @@ def test_a_folder_that_cannot_be_read_is_no_bug(tmp_path: Path, monkeypatch: pyt
     def denied(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("brainldm.cohort.bids._find_images", denied)
+    monkeypatch.setattr("brainldm.cohort.bids.find_images", denied)
     with pytest.raises(EnvironmentProblem, match="Permission denied"):
         read_study(folder)
 

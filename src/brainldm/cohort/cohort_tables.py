@@ -12,9 +12,10 @@ from brainldm.base.derivative import SPACE, dataset_description, t1w_sidecar
 from brainldm.base.files import write_json, write_text
 from brainldm.base.tables import write_table
 from brainldm.base.volume import grid_named
-from brainldm.cohort.bids import Failure, Scan, Study
+from brainldm.cohort.bids import Scan, Study
 from brainldm.cohort.prepare_config import PrepareConfig
 from brainldm.cohort.split import Split
+from brainldm.cohort.study_images import Failure
 
 OUR_COLUMNS = ("participant_id", "age_years", "sex", "ventricles_mm3", "brain_mm3", "split")
 # What BIDS has no place for. The validator is told to look away; people and our own commands read it.

@@ -27,12 +27,13 @@ from brainldm.base.pool import check_workers, each_in_a_pool
 from brainldm.base.progress import Progress, Quiet
 from brainldm.base.tables import number_in, read_table
 from brainldm.base.volume import grid_named
-from brainldm.cohort.bids import Failure, Scan, Study, composed, read_study
+from brainldm.cohort.bids import Scan, Study, read_study
 from brainldm.cohort.cohort_tables import CohortPerson, alignment, write_cohort_tables
 from brainldm.cohort.dataset import FORMAT, KIND, read_prepared_json
 from brainldm.cohort.prepare_config import PrepareConfig, ScanTask
 from brainldm.cohort.source import is_source_of
 from brainldm.cohort.split import SPLITS, Split, assign_splits, moved_people
+from brainldm.cohort.study_images import Failure, composed
 from brainldm.cohort.unires import unires_python
 
 if TYPE_CHECKING:
