@@ -25,7 +25,7 @@ from brainldm.nets.atlas import AtlasAutoencoder, build_autoencoder
 from brainldm.nets.autoencoder import LatentDistribution, ResidualBlock
 from brainldm.nets.discriminator import discriminator_loss, generator_loss, patch_discriminator
 from brainldm.train.augment import changed, draw_change
-from brainldm.train.batches import BatchOrder, evenly_spread, normal_each
+from brainldm.train.batches import BatchOrder, evenly_spread, images_tensor, normal_each
 from brainldm.train.checkpoint import module_tensors, optimiser_tensors, restore_module, restore_optimiser
 from brainldm.train.config import AutoencoderStageConfig
 from brainldm.train.distributed import ALONE, Place, normalised_together
@@ -111,7 +111,7 @@ class AutoencoderStage:
     def step(self, step: int) -> dict[str, float]:
         config = self.config
         self._set_learning_rates(step)
-        image = self._tensor(self.feed.take(step))
+        image = images_tensor(self.feed.take(step), self.device)
         adversarial = self.discriminator is not None and step >= config.adversarial_from_step
 
         # Autoencoder
@@ -193,11 +193,7 @@ class AutoencoderStage:
         return images
 
     def _images(self, dataset: VolumeDataset, members: list[int]) -> torch.Tensor:
-        return self._tensor([dataset.image_XYZ(i) for i in members])
-
-    def _tensor(self, images_XYZ: list[np.ndarray]) -> torch.Tensor:
-        image_B1XYZ = np.stack(images_XYZ)[:, None]
-        return torch.from_numpy(image_B1XYZ).to(self.device).contiguous(memory_format=torch.channels_last_3d)
+        return images_tensor([dataset.image_XYZ(i) for i in members], self.device)
 
     # ---- state --------------------------------------------------------------------------------------------------
 
@@ -219,7 +215,7 @@ class AutoencoderStage:
         return [self.train.names[i] for i in self.order.members(step)]
 
     def batch_tensors(self, step: int) -> dict[str, torch.Tensor]:
-        return {"image": self._tensor(self._training_images(step, slice(None)))}
+        return {"image": images_tensor(self._training_images(step, slice(None)), self.device)}
 
     # ---- looking at it ------------------------------------------------------------------------------------------
 

@@ -41,6 +41,12 @@ def normal_each(draws: Iterable[np.random.Generator], shape_CXYZ: Sequence[int])
     return torch.from_numpy(np.stack([draw.standard_normal(shape_CXYZ, np.float32) for draw in draws]))
 
 
+def images_tensor(images_BXYZ: Sequence[np.ndarray] | np.ndarray, device: torch.device) -> torch.Tensor:
+    """The images as networks take them: (B, 1, X, Y, Z), float32, channels last."""
+    image_BXYZ = torch.from_numpy(np.ascontiguousarray(images_BXYZ, dtype=np.float32))
+    return image_BXYZ[:, None].to(device).contiguous(memory_format=torch.channels_last_3d)
+
+
 def evenly_spread(count: int, most: int) -> list[int]:
     """At most `most` of 0..count-1, evenly spread."""
     return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most))})

@@ -7,7 +7,7 @@ RUN/model/                 what `brainldm generate` takes
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from brainldm.train.describe_model import quality_of
 from brainldm.train.distributed import one_process_only
 from brainldm.train.gan_stage import GanStage
 from brainldm.train.loop import check_asked, run_stage
-from brainldm.train.record import record_run
+from brainldm.train.record import record_one_stage
 from brainldm.train.run import TrainSummary
 from brainldm.train.tensorboard import check_tensorboard
 
@@ -77,10 +77,8 @@ def train_gan(
     where = choose_device(device)
     chosen = choose_precision(precision, where, trained_side=min(net.coarse_XYZ))
     with locked_folder(out):
-        recorded = asdict(config)
-        # The seed stands beside the config, where runs that began before it was one of its settings have it.
-        run = {"baseline": config.kind, "seed": recorded.pop("seed"), "config": recorded, "cohort": cohort.digest}
-        record_run(out, run | {"precision": chosen, "device": where.type}, {config.kind: config.steps})
+        what = {"baseline": config.kind}
+        record_one_stage(out, what, config, cohort, stage=config.kind, precision=chosen, device=where.type)
         condition_NF = covariates.conditions(people.covariates)
         if cache is not None:
             people.keep_uncompressed(cache, progress)

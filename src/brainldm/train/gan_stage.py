@@ -20,7 +20,7 @@ from brainldm.base.streams import stream
 from brainldm.cohort.dataset import VolumeDataset
 from brainldm.model.precision import autocast
 from brainldm.nets.gan import GanConfig, GanDiscriminator, GanEncoder, GanGenerator
-from brainldm.train.batches import BatchOrder
+from brainldm.train.batches import BatchOrder, images_tensor
 from brainldm.train.checkpoint import module_tensors, optimiser_tensors, restore_module, restore_optimiser
 from brainldm.train.config import GanStageConfig
 from brainldm.train.pictures import save_rows
@@ -45,7 +45,7 @@ class GanStage:
         self.config, self.net, self.train, self.condition_NF = config, net, train, condition_NF.astype(np.float32)
         self.steps, self.seed, self.device, self.precision = config.steps, seed, device, precision
         self.order = BatchOrder(seed, len(train), config.batch)
-        self.feed = Feed(lambda step: self._stacked(self.order.members(step)), config.steps)
+        self.feed = Feed(lambda step: self._images_XYZ(self.order.members(step)), config.steps)
         torch.manual_seed(int(stream(seed, f"{config.kind}-weights").integers(2**31)))  # torch's initialisers read it
         self.generator, self.discriminator = GanGenerator(net), GanDiscriminator(net)
         self.encoder = GanEncoder(net) if config.kind == "vaegan" else None
@@ -64,7 +64,7 @@ class GanStage:
 
     def step(self, step: int) -> dict[str, float]:
         members = self.order.members(step)
-        image = self._tensor(self.feed.take(step))
+        image = images_tensor(self.feed.take(step), self.device)
         condition = torch.from_numpy(self.condition_NF[members]).to(self.device)
         noise = self._noise(step, "gan-noise", len(members))
         figures: dict[str, torch.Tensor] = {}
@@ -126,13 +126,10 @@ class GanStage:
         return torch.from_numpy(drawn).to(self.device)
 
     def _images(self, members: list[int]) -> torch.Tensor:
-        return self._tensor(self._stacked(members))
+        return images_tensor(self._images_XYZ(members), self.device)
 
-    def _stacked(self, members: list[int]) -> np.ndarray:
-        return np.stack([self.train.image_XYZ(i) for i in members])[:, None]
-
-    def _tensor(self, image_B1XYZ: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(image_B1XYZ).to(self.device).contiguous(memory_format=torch.channels_last_3d)
+    def _images_XYZ(self, members: list[int]) -> list[np.ndarray]:
+        return [self.train.image_XYZ(i) for i in members]
 
     # ---- state --------------------------------------------------------------------------------------------------
 

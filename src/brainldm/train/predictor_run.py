@@ -6,7 +6,7 @@ RUN/predictor/       log, previews and checkpoints of the training; predictor.js
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from brainldm.train.config import PredictorConfig
 from brainldm.train.distributed import one_process_only
 from brainldm.train.loop import check_asked, run_stage
 from brainldm.train.predictor_stage import PredictorStage
-from brainldm.train.record import record_run
+from brainldm.train.record import record_one_stage
 
 TARGETS: dict[str, Target] = {"age": "age_years", "sex": "sex"}
 _RESAMPLINGS = 2000
@@ -72,10 +72,8 @@ def train_predictor(
             remedy="Choose a smaller --averaging, 1 or more.",
         ) from error
     with locked_folder(out):
-        recorded = asdict(config)
-        # The seed stands beside the config, where runs that began before it was one of its settings have it.
-        run = {"predictor": what, "seed": recorded.pop("seed"), "config": recorded, "cohort": cohort.digest}
-        record_run(out, run | {"precision": chosen, "device": where.type}, {"predictor": config.steps})
+        named = {"predictor": what}
+        record_one_stage(out, named, config, cohort, stage="predictor", precision=chosen, device=where.type)
         stage = PredictorStage(
             target,
             config,

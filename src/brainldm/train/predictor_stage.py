@@ -19,7 +19,7 @@ from brainldm.cohort.dataset import VolumeDataset
 from brainldm.cohort.predictor import Target
 from brainldm.model.precision import autocast
 from brainldm.nets.cole import ColeConfig, ColeNet
-from brainldm.train.batches import BatchOrder
+from brainldm.train.batches import BatchOrder, images_tensor
 from brainldm.train.checkpoint import module_tensors, optimiser_tensors, restore_module, restore_optimiser
 from brainldm.train.config import PredictorConfig
 from brainldm.train.loop import learning_rate_factor
@@ -75,7 +75,7 @@ class PredictorStage:
         self.network.train()
         self.optimiser.zero_grad(set_to_none=True)
         with autocast(self.device, self.precision):
-            found = self.network(self._tensor(self.feed.take(step))).float()
+            found = self.network(images_tensor(self.feed.take(step), self.device)).float()
         loss = self._loss(found, wanted.to(self.device))
         loss.backward()
         norm = clip_gradients(self.network, self.config.gradient_clip)
@@ -99,17 +99,13 @@ class PredictorStage:
             moved.append(padded[tuple(slice(s, n - 2 * most + s) for s, n in zip(start, padded.shape))])
         return np.stack(moved)
 
-    def _tensor(self, images_BXYZ: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(images_BXYZ, dtype=np.float32))[:, None]
-        return tensor.to(self.device).contiguous(memory_format=torch.channels_last_3d)
-
     @torch.no_grad()
     def predictions(self, people: VolumeDataset, most: int | None = None) -> np.ndarray:
         """Years, or the probability of being male, one a person; of at most so many people."""
         self.network.eval()
         numbers = []
         for index in range(len(people))[:most]:
-            numbers.append(self.network(self._tensor(people.image_XYZ(index)[None])).item())
+            numbers.append(self.network(images_tensor([people.image_XYZ(index)], self.device)).item())
         found = self.offset + self.scale * np.array(numbers)
         return found if self.target == "age_years" else 1 / (1 + np.exp(-np.clip(found, -60, 60)))
 
@@ -124,7 +120,7 @@ class PredictorStage:
         return [self.train.names[i] for i in self.order.members(step)]
 
     def batch_tensors(self, step: int) -> dict[str, torch.Tensor]:
-        return {"image": self._tensor(self._shifted_BXYZ(step))}
+        return {"image": images_tensor(self._shifted_BXYZ(step), self.device)}
 
     def preview(self, path: Path) -> None:
         """Known against predicted, held-out people where there are any."""

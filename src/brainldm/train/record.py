@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import brainldm
 from brainldm.base.errors import UsageError
 from brainldm.base.files import read_json, write_json
+from brainldm.cohort.dataset import PreparedCohort
 from brainldm.train.checkpoint import check_not_beyond, steps_made
 
 # What earlier versions did not record, and did: a run of theirs goes on.
@@ -46,6 +48,16 @@ def record_run(out: Path, wanted: dict[str, Any], steps: Mapping[str, int]) -> N
         raise UsageError("the folder is not empty and is no training run.", remedy="Choose another --out.", path=out)
     versions = {"brainldm": brainldm.__version__, "torch": torch.__version__, "python": platform.python_version()}
     write_json(path, wanted | {"versions": versions})
+
+
+def record_one_stage(
+    out: Path, what: Mapping[str, str], config: Any, cohort: PreparedCohort, *, stage: str, precision: str, device: str
+) -> None:
+    """The same of a run of one `stage` of that `config` alone: a baseline or a predictor, as `what` names it."""
+    recorded = asdict(config)
+    # The seed stands beside the config, where runs that began before it was one of its settings have it.
+    run = {**what, "seed": recorded.pop("seed"), "config": recorded, "cohort": cohort.digest}
+    record_run(out, run | {"precision": precision, "device": device}, {stage: config.steps})
 
 
 def _differences(recorded: Any, wanted: Any, where: str = "") -> list[str]:
