@@ -70,7 +70,14 @@ def kept_in_parts(
                 path.unlink()
     first, end = (rank * len(parts) // place.processes for rank in (place.rank, place.rank + 1))
     mine = list(parts)[first:end]
-    missing = [path for path in mine if not _is_whole(path)]
+    missing = [path for path in mine if not path.is_file()]
+    there = [path for path in mine if path not in missing]
+    if there:
+        progress.start(f"{what}: proving what is there", len(there))
+    for path in there:  # hundreds of gigabytes at 1 mm
+        if not _is_whole(path):
+            missing.append(path)
+        progress.advance()
     if missing:
         total, left = (sum(len(parts[path]) for path in some) for some in (mine, missing))
         progress.start(what, total, total - left)
@@ -87,7 +94,7 @@ def kept_in_parts(
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the file is there and holds what was written."""
+    """Whether the file holds what was written."""
     tensors = _read(path)
     if tensors is None:
         return False
