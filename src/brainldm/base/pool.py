@@ -66,7 +66,8 @@ def each_in_a_pool(
             processes.end()
             raise EnvironmentProblem(
                 "a worker process was killed from outside; the usual reason is too little memory.",
-                remedy="The same command goes on where it stopped; give it fewer --workers where it has them.",
+                remedy="The same command goes on where it stopped; give it fewer --workers where it has them. Workers "
+                "begin by reading a script of yours: call what starts them below if __name__ == '__main__'.",
                 reason="worker_killed",
             ) from error
         except BaseException:
