@@ -75,9 +75,9 @@ def generate(
 
     The plan and the settings are written before the first brain; `out` must be empty or hold the same, or the first
     rows of it (where it holds every brain already, it may have been made on another device). Rows that it holds stay as
-    its plan states them. An image that is not
-    finite or empty is drawn again from the row's next stream, up to twice; rows that stay so are listed in
-    failures.tsv, not in participants.tsv, and PartialFailure is raised after all others are done.
+    its plan states them. An image that is not finite or empty is drawn again from the row's next stream, up to twice;
+    rows that stay so are listed in failures.tsv, not in participants.tsv, and PartialFailure is raised after all others
+    are done.
     """
     check_settings(model.description, settings)
     population = _population(model.description) if settings.gate else None

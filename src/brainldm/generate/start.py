@@ -89,12 +89,10 @@ def start(
     if may_shrink_batch and begun is not None and (begun / RECORD_NAME).is_file():
         settings = replace(settings, batch=read_json_object(begun / RECORD_NAME, batch=int)["batch"])
         may_shrink_batch = False
-    if not missing:
-        say(f"All {counted(len(rows), 'brain')} are there.")
-        return Ready(model, settings, where, chosen, MemoryPlan(), compiles)
     batches = [settings.batch]
     while may_shrink_batch and batches[-1] > 1:
         batches.append(batches[-1] // 2)
+    memory = MemoryPlan()
     for batch in batches:
         try:
             memory = plan_memory(
@@ -107,8 +105,11 @@ def start(
             )
             break
         except EnvironmentProblem:
-            if batch == batches[-1]:
+            if batch == batches[-1] and missing:
                 raise
+    if not missing:
+        say(f"All {counted(len(rows), 'brain')} are there.")
+        return Ready(model, replace(settings, batch=batch), where, chosen, memory, compiles)
     seconds = estimate_seconds(
         description,
         images=missing,
