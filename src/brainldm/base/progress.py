@@ -103,3 +103,8 @@ class _Bars:
             self._bars.update(self._task, advance=steps, note=note)
         else:
             self._bars.advance(self._task, steps)
+
+
+def warn(text: str) -> None:
+    """Says on stderr what somebody should know of work that goes on."""
+    print(f"warning: {text}", file=sys.stderr)  # noqa: T201

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ from brainldm.base.errors import BadInput, UsageError
 from brainldm.base.files import read_json, sha256_of
 from brainldm.base.manifest import Manifest
 from brainldm.base.nifti import read_nifti
-from brainldm.base.progress import Progress, Quiet
+from brainldm.base.progress import Progress, Quiet, warn
 from brainldm.base.streams import stream
 from brainldm.base.tables import Table, read_table
 from brainldm.base.volume import Grid, same_voxels
@@ -242,10 +241,9 @@ class VolumeDataset:
     def _mended(self, damaged: UncompressedImages, index: int) -> np.ndarray:
         """The image from the cohort, put back into the file whose copy of it is damaged."""
         if not self._warned:
-            print(  # noqa: T201
-                f"warning: {damaged.path}: image {index} differs from its checksum; it, and any other that does, is "
-                "read from the cohort again. Look at the disk.",
-                file=sys.stderr,
+            warn(
+                f"{damaged.path}: image {index} differs from its checksum; it, and any other that does, is "
+                "read from the cohort again. Look at the disk."
             )
             self._warned = True
         stored = self._read(self.rows[index])
@@ -280,10 +278,9 @@ def warn_of_flagged(dataset: VolumeDataset) -> None:
     flagged = [f"{row.participant_id}: {', '.join(row.flags)}" for row in dataset.rows if row.flags]
     if flagged:
         told = "; ".join(flagged[:3]) + (f"; {len(flagged) - 3} more" if len(flagged) > 3 else "")
-        print(  # noqa: T201
-            f"warning: {len(flagged)} of {len(dataset)} images to train on should be looked at ({told}; see the "
-            "cohort's quality.tsv). To do without them: prepare ... --leave-out ID.",
-            file=sys.stderr,
+        warn(
+            f"{len(flagged)} of {len(dataset)} images to train on should be looked at ({told}; see the "
+            "cohort's quality.tsv). To do without them: prepare ... --leave-out ID."
         )
 
 

@@ -105,7 +105,8 @@ def generate(
                     sound.append(Brain(row, as_bundle(image_XYZ) if settings.as_bundle else image_XYZ, attempt))
                 write(sound)
                 progress.advance(0, note=f"{batch[-1].index + 1} of {len(rows)} brains")
-        manifest.rewrite(record for _, record in sorted(manifest.proven(out).items()))  # one line a brain, in order
+        if missing:
+            manifest.rewrite(record for _, record in sorted(manifest.proven(out).items()))  # a line a brain, in order
         if failed:
             write_description(out, facts, [row for row in rows if row.index not in failed])
         _report_failures(out, rows, failed)
@@ -265,12 +266,9 @@ def _record_or_compare(
         )
     if grows or longer:  # row i is the same whatever the number of rows
         write_plan(plan, rows)
-    if whole:
-        recorded["n"] = len(rows)
-        write_json(path, recorded)
-        return recorded, rows
-    facts = _with_earlier_runs(facts, recorded, proven)
-    write_json(path, facts)
+    facts = {**recorded, "n": len(rows)} if whole else _with_earlier_runs(facts, recorded, proven)
+    if facts != recorded:
+        write_json(path, facts)
     return facts, rows
 
 

@@ -20,8 +20,8 @@ def fast() -> Recipe:
     symmetric.
 
     Cost: about 80 GFLOP a network call and 100 a decode, where the paper's take 1440 and 15,000; `brainldm generate
-    --dry-run` tells the seconds on your machine. A model of 200 phantoms, with 1230 short
-    steps of stage 2, is judged in docs/training.md.
+    --dry-run` tells the seconds on your machine. A model of 200 phantoms, with 1230 short steps of stage 2, is judged
+    in docs/training.md.
     """
     changes = Augmentation(affine_probability=0.1, shift_probability=0.1, gamma_probability=0.1)
     return Recipe(

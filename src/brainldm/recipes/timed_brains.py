@@ -41,7 +41,8 @@ def make_brains(
     begun, before = time.monotonic(), _brains_in(out)
     with contextlib.suppress(PartialFailure):
         generate(loaded, out, rows, ready.settings, progress=progress)
-    made, spent = _brains_in(out) - before, time.monotonic() - begun
+    spent, there = time.monotonic() - begun, _brains_in(out)
+    made = there - before
     machine = {
         "device": device_name(ready.device),
         "processor": _processor(),
@@ -56,7 +57,7 @@ def make_brains(
     return {
         "seconds_a_brain": timed["seconds"] / timed["brains"] if timed["brains"] else None,
         "brains_timed": timed["brains"],
-        "not_made": len(rows) - _brains_in(out),
+        "not_made": len(rows) - there,
         "batch": recorded["batch"],
         "precision": recorded["precision"],
         "machine": timed["machine"],

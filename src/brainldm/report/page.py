@@ -166,14 +166,13 @@ def _crosses(results: Results) -> str:
     return f"Crosses are {results.people}: how far they lie from the line is {apart}."
 
 
-def _lead(section: str, results: Results) -> str:
-    """What a section of the scorecard is about."""
-    lead = words.SECTIONS[section][1]
-    if section != "conditioning" or not results.scorecard.get("real"):
-        return lead
+def _of_the_instrument(results: Results) -> str:
+    """What stands beside the brains where one asks whether they obey; nothing without reference people."""
+    if not results.scorecard.get("real"):
+        return ""
     no_truth = "; volumes were measured there too and are no truth" if _recorded_is_measured(results) else ""
     found = f"what it finds in {results.people} against what is recorded of them{no_truth}"
-    return f"{lead} The reference is the instrument alone: {found}."
+    return f" The reference is the instrument alone: {found}."
 
 
 def _row(results: Results, key: str) -> Mapping[str, Any] | None:
@@ -206,7 +205,7 @@ def _tiles(results: Results) -> Iterator[dict[str, str]]:
 
 def _sections(results: Results) -> Iterator[dict[str, Any]]:
     """The scorecard: each section's rows of all images, and those of parts of them, a line a covariate and part."""
-    for section, (title, _) in words.SECTIONS.items():
+    for section, (title, lead) in words.SECTIONS.items():
         rows = [row for row in results.scorecard.get("rows", ()) if row["section"] == section]
         if not rows:
             continue
@@ -222,7 +221,7 @@ def _sections(results: Results) -> Iterator[dict[str, Any]]:
             said.add(row["meaning"])
         yield {
             "title": title,
-            "lead": _lead(section, results),
+            "lead": lead + (_of_the_instrument(results) if section == "conditioning" else ""),
             "rows": shown,
             "parts": [{"covariate": name, "group": group, "rows": found} for (name, group), found in parts.items()],
         }

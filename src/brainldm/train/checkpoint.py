@@ -91,18 +91,17 @@ def _newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
 
 def steps_made(stage_folder: Path) -> int:
     """How many steps the newest checkpoint of a stage states, unproven; 0 where there is none."""
-    return max((record["index"] for record, _ in _listed(stage_folder / "checkpoints")), default=0)
+    return next((record["index"] for record, _ in _listed(stage_folder / "checkpoints")), 0)
 
 
 def newest_facts(stage_folder: Path) -> dict[str, Any]:
     """What the newest checkpoint of a stage was made for, unproven; nothing where there is none or it cannot be read.
     Its tensors are not looked at."""
-    for _, path in _listed(stage_folder / "checkpoints"):
-        try:
-            return _metadata(path)["facts"]
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError):
-            break
-    return {}
+    listed = _listed(stage_folder / "checkpoints")
+    try:
+        return _metadata(listed[0][1])["facts"] if listed else {}
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+        return {}
 
 
 def check_made_for(stage_folder: Path, wanted: Mapping[str, str], there: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from brainldm.base.covariates import CovariateRanges
 from brainldm.base.errors import UsageError
 from brainldm.base.files import read_json
+from brainldm.base.progress import warn
 from brainldm.cohort.dataset import check_trainable, warn_of_flagged
 from brainldm.diffusion.solvers import DEFAULT_SAMPLER, SAMPLERS
 from brainldm.model.latent_population import FEWEST_FOR_A_POPULATION
@@ -97,21 +97,19 @@ def _warn_of_learning_rates_that_rise(run: Run, stages: Sequence[str], recorded:
     for name in stages:
         config, before = getattr(run.recipe, name), recorded.get(name, {}).get("steps", math.inf)
         if config.cosine_decay and config.steps > before and (run.out / name / "checkpoints").is_dir():
-            print(  # noqa: T201
-                f"warning: the {name}'s learning rate was falling over {before} steps. Over {config.steps} it is "
-                "higher again from here on, and the loss rises at first.",
-                file=sys.stderr,
+            warn(
+                f"the {name}'s learning rate was falling over {before} steps. Over {config.steps} it is "
+                "higher again from here on, and the loss rises at first."
             )
 
 
 def _warn_of_an_adversary_too_late(recipe: Recipe, stages: Sequence[str]) -> None:
     config = recipe.autoencoder
     if "autoencoder" in stages and not config.reaches_adversarial(config.steps):
-        print(  # noqa: T201
-            f"warning: the adversarial loss of recipe {recipe.name!r} begins at step {config.adversarial_from_step}, "
+        warn(
+            f"the adversarial loss of recipe {recipe.name!r} begins at step {config.adversarial_from_step}, "
             f"and stage 1 ends after {config.steps}: it is never trained. For a quarter of the steps without it, in a "
-            f"new folder: --set autoencoder.adversarial_from_step={config.steps // 4}.",
-            file=sys.stderr,
+            f"new folder: --set autoencoder.adversarial_from_step={config.steps // 4}."
         )
 
 

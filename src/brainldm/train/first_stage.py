@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 
 from brainldm.base.errors import EnvironmentProblem, UsageError
 from brainldm.base.files import read_json, write_json
+from brainldm.base.progress import warn
 from brainldm.nets.atlas import AnyAutoencoder, build_autoencoder
 from brainldm.train.autoencoder_stage import AutoencoderStage
 from brainldm.train.checkpoint import load_newest, restore_module, steps_made
-from brainldm.train.loop import warn_of_checkpoints
 from brainldm.train.shared import Run
 
 
@@ -46,10 +45,9 @@ def train_autoencoder(run: Run, minutes: float | None) -> dict[str, Any]:
         write_json(path, summary)
         config = run.recipe.autoencoder
         if config.reaches_adversarial(config.steps) and not config.reaches_adversarial(summary["steps"]):
-            print(  # noqa: T201
-                f"warning: time ended stage 1 after {summary['steps']} steps, before its adversarial loss, which was "
-                f"to begin at step {config.adversarial_from_step}.",
-                file=sys.stderr,
+            warn(
+                f"time ended stage 1 after {summary['steps']} steps, before its adversarial loss, which was "
+                f"to begin at step {config.adversarial_from_step}."
             )
     run.place.wait()
     return summary
@@ -66,7 +64,7 @@ def _feed_from_disk(run: Run) -> None:
     except EnvironmentProblem as error:
         if run.cache is not None or error.reason != "disk_full":
             raise
-        print(f"warning: {error} Every epoch inflates its images again.", file=sys.stderr)  # noqa: T201
+        warn(f"{error} Every epoch inflates its images again.")
 
 
 def trained_autoencoder(run: Run) -> tuple[AnyAutoencoder, dict[str, Any]]:
@@ -81,7 +79,7 @@ def trained_autoencoder(run: Run) -> tuple[AnyAutoencoder, dict[str, Any]]:
             remedy="Train with --stage autoencoder (or all) first, or with --start-from a model that has one.",
             path=run.out,
         )
-    checkpoint = load_newest(run.out / "autoencoder" / "checkpoints", warn_of_checkpoints, run.place)
+    checkpoint = load_newest(run.out / "autoencoder" / "checkpoints", warn, run.place)
     summary = read_json(path)
     if checkpoint is None or checkpoint.step != summary["steps"]:
         raise UsageError(

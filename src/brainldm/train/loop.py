@@ -11,7 +11,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,7 +23,7 @@ import torch
 from brainldm.base.errors import BadInput, BrainldmError, UsageError
 from brainldm.base.feeding import Feed
 from brainldm.base.files import make_folder, read_json, write_json, write_text, writing
-from brainldm.base.progress import Progress, Quiet
+from brainldm.base.progress import Progress, Quiet, warn
 from brainldm.model.tensors import write_tensors
 from brainldm.train.checkpoint import (
     Checkpoint,
@@ -194,7 +193,7 @@ def _feed_closed_after(stage: Stage) -> Iterator[None]:
 
 def _taken_up(stage: Stage, folder: Path, place: Place) -> tuple[int, float]:
     """Puts the stage where its newest checkpoint was, or at its beginning; steps made, and the seconds they took."""
-    found = load_newest(folder / "checkpoints", warn_of_checkpoints, place)
+    found = load_newest(folder / "checkpoints", warn, place)
     if found is None:
         if isinstance(stage, Begins):
             stage.begin()
@@ -221,11 +220,6 @@ def _save(stage: Stage, checkpoints: Path, step: int, seconds: float, log: _Log,
         log.flush(durably=True)  # before the checkpoint that promises those steps
         save_checkpoint(checkpoints, Checkpoint(step, seconds, tensors, {"stage": stage.name, **_facts(stage)}))
     place.wait()
-
-
-def warn_of_checkpoints(text: str) -> None:
-    """Says on stderr that a checkpoint is damaged."""
-    print(f"warning: {text}", file=sys.stderr)  # noqa: T201
 
 
 def _facts(stage: Stage) -> dict[str, str]:

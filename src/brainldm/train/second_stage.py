@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 import brainldm
 from brainldm.base.covariates import Covariates
+from brainldm.base.progress import warn
 from brainldm.cohort.dataset import PreparedCohort
 from brainldm.model.description import LatentDescription, LatentDiffusionDescription
 from brainldm.model.folder import save_model
@@ -147,12 +147,11 @@ def _volume_reader(
     )
     if reader is None:
         explained = ", ".join(f"{100 * share:.1f} % of {name}" for name, share in facts["explained"].items())
-        print(  # noqa: T201
-            f"warning: volumes cannot be read in reconstructions of {facts['people']} people ({explained} is "
+        warn(
+            f"volumes cannot be read in reconstructions of {facts['people']} people ({explained} is "
             "explained; it takes "
             f"{100 * LEAST_EXPLAINED:.0f} %), so the model does not correct them. More people would help, or more "
-            "steps of stage 1.",
-            file=sys.stderr,
+            "steps of stage 1."
         )
     return reader, facts
 

@@ -6,10 +6,10 @@ it is. What belongs to a cohort is made anew: covariate ranges, latents and thei
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from brainldm.base.errors import UsageError
+from brainldm.base.progress import warn
 from brainldm.base.volume import Grid
 from brainldm.model.description import LatentDiffusionDescription
 from brainldm.model.folder import load_latent_diffusion
@@ -28,10 +28,9 @@ def start_model(folder: Path, recipe: Recipe, grid: Grid) -> LatentDiffusion:
     model = load_latent_diffusion(folder)
     theirs = model.description
     if theirs.grid.network_x != "left_to_right":
-        print(  # noqa: T201
-            f"warning: the networks of {theirs.name!r} learnt images that run from right to left; training shows them "
-            "people from left to right. What they know of either side is learnt anew.",
-            file=sys.stderr,
+        warn(
+            f"the networks of {theirs.name!r} learnt images that run from right to left; training shows them "
+            "people from left to right. What they know of either side is learnt anew."
         )
     net = recipe.autoencoder.net
     ours = {"autoencoder": net, "U-Net": unet_config(recipe.diffusion, net.latent_channels)}
